@@ -1,0 +1,148 @@
+"""What a user would do without fewmask, beside fewmask: same network, same size, same images, same minutes.
+
+The plain side is a script as one finds it in tutorials: segmentation-models-pytorch's U-Net on EfficientNet-Lite0 with
+ImageNet weights, 128x128, images decoded once into memory, flips, AdamW, cross-entropy + Dice, the last weights kept.
+Both sides are scored by the same function on the same test images at native size.
+
+    python benchmarks/plain_unet.py DATA --manifest manifest_isic2017.csv --minutes 10 --out benchmarks/results
+
+Run it on an otherwise idle machine. The two trainings follow one another; `--first` says which side begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from torch.nn import functional as F
+
+from fewmask.data.manifest import load_cases
+from fewmask.data.preprocess import normalise, predict_probability, resize_image, resize_mask
+from fewmask.data.reading import read_image, read_mask
+from fewmask.evaluate.score import score_cases, summarise
+from fewmask.evaluate.statistics import compare
+from fewmask.models.weights import load_packaged
+from fewmask.types import SegOutput
+
+SIZE, BATCH = 128, 16
+
+
+class Wrapped(torch.nn.Module):
+    """The plain network in the shape the scoring function expects."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> SegOutput:
+        """Return the logits (b, 1, s, s)."""
+        return SegOutput(self.network(image), [])
+
+
+def plain(train: list, minutes: float, seed: int, fraction: float) -> tuple[torch.nn.Module, dict]:
+    """Train the plain way; return the network and its figures."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    if fraction < 1:
+        train = [train[i] for i in rng.permutation(len(train))[: max(1, round(len(train) * fraction))]]
+    images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
+    masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
+    network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
+    load_packaged(network.encoder.model, "efficientnet_lite0")
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    began, seen = time.perf_counter(), 0
+    while time.perf_counter() - began < minutes * 60:
+        chosen = torch.from_numpy(rng.integers(0, len(train), BATCH))
+        x = normalise(images[chosen].permute(0, 3, 1, 2))
+        y = (masks[chosen] >= 128).float()[:, None]
+        for axis in (2, 3):
+            if rng.random() < 0.5:
+                x, y = x.flip(axis), y.flip(axis)
+        logits = network(x)
+        p = logits.sigmoid()
+        dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        loss = F.binary_cross_entropy_with_logits(logits, y) + dice
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        seen += BATCH
+    seconds = time.perf_counter() - began
+    return Wrapped(network).eval(), {"images_per_s": seen / seconds, "epochs": seen / len(train), "seconds": seconds}
+
+
+def ours(args: argparse.Namespace, run: Path) -> dict:
+    """Run `fewmask finetune` for the same minutes; return its figures."""
+    command = [sys.executable, "-m", "fewmask", "finetune", "unet", f"data.root={args.data}", f"run.out={run}"]
+    command += [f"run.time={round(args.minutes * 60)}s", f"run.seed={args.seed}", f"model.size={SIZE}"]
+    command += [f"data.label_fraction={args.fraction}"] + ([f"data.manifest={args.manifest}"] if args.manifest else [])
+    subprocess.run([*command, *args.setting], check=True)
+    facts = json.loads((run / "finetune" / "stage.json").read_text())
+    lines = [json.loads(line) for line in (run / "finetune" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    return {
+        "images_per_s": facts["steps"] * facts["batch_size"] / facts["seconds"],
+        "images_per_s_in_steps": float(np.median([s["images_per_s"] for s in steps])),
+        "data_wait": float(np.mean([s["data_wait"] for s in steps])),
+        "epochs": facts["epochs"],
+        "seconds": facts["seconds"],
+        "validation_dice": facts["best_score"],
+    }
+
+
+def main() -> None:
+    """Run both sides and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--manifest")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--fraction", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", choices=("plain", "ours"), default="plain")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--setting", action="append", default=[], help="a fewmask setting, key=value")
+    args = parser.parse_args()
+    from fewmask.deploy.torch_predictor import TorchPredictor
+
+    cases = load_cases(args.data, Path(args.manifest) if args.manifest else None)
+    split = {name: [c for c in cases if c.split == name and c.mask] for name in ("train", "test")}
+    run = args.runs / f"plain-unet-{args.minutes:g}min-{args.fraction:g}-{args.seed}"
+    sides: dict[str, dict] = {}
+    rows = {}
+    for side in ("plain", "ours") if args.first == "plain" else ("ours", "plain"):
+        if side == "plain":
+            network, sides[side] = plain(split["train"], args.minutes, args.seed, args.fraction)
+            rows[side] = score_cases(lambda image: predict_probability(network, image, SIZE), split["test"])
+        else:
+            sides[side] = ours(args, run)
+            rows[side] = score_cases(TorchPredictor(run), split["test"])
+        sides[side]["test"] = summarise(rows[side])
+        print(side, json.dumps({k: v for k, v in sides[side].items() if k != "test"}), sides[side]["test"]["dice"])
+    result = {
+        "command": " ".join(sys.argv),
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
+        "minutes": args.minutes,
+        "fraction": args.fraction,
+        "num_train": len(split["train"]),
+        "num_test": len(split["test"]),
+        "sides": sides,
+        "difference": compare(rows["ours"], rows["plain"]),
+        "speed_ratio": sides["ours"]["images_per_s"] / sides["plain"]["images_per_s"],
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"plain_unet_{args.minutes:g}min_{args.fraction:g}_{args.seed}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path, "speed", round(result["speed_ratio"], 2), result["difference"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""`fewmask run`: check, pretrain, finetune, evaluate, export, report; a stage that is done is not done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fewmask.commands.evaluate import evaluate_cases, sentence
+from fewmask.commands.export import export_run
+from fewmask.commands.prepare import Prepared, prepare
+from fewmask.commands.stages import configure_torch, finetune, pretrain
+from fewmask.config import Recipe, load_recipe, parse_time
+from fewmask.deploy.latency import measure_latency
+from fewmask.engine.run import Run, interruptible, read_json, write_json
+from fewmask.engine.stage import Progress
+from fewmask.report.build import build_report
+
+RESERVE_SECONDS = 30.0  # start, audit, cache, export and report
+SECONDS_PER_CASE = 0.1  # reading, predicting and measuring one image of the final evaluation
+
+
+def run(
+    data: Path,
+    out: Path,
+    manifest: str | None = None,
+    unlabelled: Iterable[Path] = (),
+    overrides: Iterable[str] = (),
+    recipe_name: str = "run",
+    as_json: bool = False,
+) -> int:
+    """Do the whole chain on a folder and leave `model.onnx`, `report.html` and `metrics.json` in `out`."""
+    given: dict[str, Any] = {"data.root": str(data), "run.out": str(out)}
+    if manifest:
+        given["data.manifest"] = manifest
+    if unlabelled:
+        given["data.unlabelled"] = [str(path) for path in unlabelled]
+    recipe = load_recipe(recipe_name, overrides, given=given)
+    chain(recipe, out)
+    metrics = read_json(out / "metrics.json")
+    if as_json:
+        print(json.dumps({"run": str(out), "metrics": metrics}))
+        return 0
+    for split, summary in metrics.items():
+        print(sentence(split, summary))
+    print(f"model:  {out / 'model.onnx'}\nreport: {out / 'report.html'}")
+    return 0
+
+
+def chain(recipe: Recipe, out: Path) -> None:
+    """Run every stage of a recipe into a folder, resuming at the one where it stopped."""
+    configure_torch(recipe)
+    with Run(out, "run", recipe.resolved(), parse_time(recipe.run.time)) as folder, interruptible(folder):
+        prepared = prepare(folder, recipe)
+        budgets = share_time(folder, recipe, prepared)
+        weights = recipe.model.weights
+        if recipe.pretrain is not None and recipe.pretrain.epochs:
+            weights = str(pretrain(folder, recipe, prepared, budgets["pretrain"]))
+        finetune(folder, recipe, prepared, weights, budgets["finetune"])
+        deliver(folder, prepared)
+    report(out)
+
+
+def share_time(folder: Run, recipe: Recipe, data: Prepared) -> dict[str, float | None]:
+    """Divide what is left of `run.time` among the stages by their `share`, after setting time aside for the end.
+
+    Our choice: the reserve is 30 s and 0.1 s an image to evaluate, at most 30 % of what is left. Fine-tuning gets all
+    that pre-training does not use.
+    """
+    if folder.budget is None:
+        return {"pretrain": None, "finetune": None}
+    left = max(folder.budget - folder.spent - folder.elapsed, 20.0)
+    num_scored = len(data.of_split("test")) + len(data.of_split("val"))
+    left -= min(RESERVE_SECONDS + SECONDS_PER_CASE * num_scored, 0.3 * left)
+    section = recipe.pretrain
+    share = section.share if section is not None and section.epochs else 0.0
+    return {"pretrain": share * left, "finetune": (1 - share) * left}
+
+
+def deliver(folder: Run, data: Prepared) -> None:
+    """Evaluate, and export; each only when its result is not there yet."""
+    path = folder.folder / "metrics.json"
+    for split in ("val", "test"):
+        cases = data.of_split(split)
+        if cases and not (path.exists() and split in read_json(path)):
+            evaluate_cases(folder.folder, cases, split)
+            folder.check_stop()
+    if not data.of_split("test"):
+        Progress("evaluate").close("there are too few masks for a test split; the validation figures are optimistic")
+    if not (folder.folder / "model.onnx").exists():
+        line = Progress("export")
+        facts = export_run(folder.folder, folder.folder / "model.onnx")
+        facts["latency"] = measure_latency(folder.folder / "model.onnx")
+        write_json(folder.folder / "export.json", facts)
+        line.close(f"{facts['megabytes']:.1f} MB, agrees with torch to {facts['parity']['max_difference']:.1e}")
+
+
+def report(out: Path) -> None:
+    """Write the report of a run."""
+    line = Progress("report")
+    build_report([out], out / "report.html")
+    line.close(str(out / "report.html"))

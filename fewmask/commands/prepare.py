@@ -1,0 +1,140 @@
+"""From a recipe's [data] section to what the stages train on: audited, split, de-duplicated, cached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewmask.config import DataSection, Recipe
+from fewmask.data.audit import audit
+from fewmask.data.cache import CachedDataset, build_cache
+from fewmask.data.contents import default_cache_folder, fingerprint
+from fewmask.data.manifest import load_cases, write_cases
+from fewmask.data.splits import assign_splits, label_subset
+from fewmask.engine.run import Run, read_json, write_json
+from fewmask.engine.stage import Progress
+from fewmask.types import Case, UserError
+
+
+@dataclass
+class Prepared:
+    """The data of a run: indices point into `dataset`, which holds no test image."""
+
+    cases: list[Case]
+    dataset: CachedDataset
+    labelled: list[int]
+    validation: list[int]
+    body: list[int]
+    excluded: dict[str, int]
+
+    def of_split(self, split: str) -> list[Case]:
+        """Return the cases with a mask in a split."""
+        return [case for case in self.cases if case.split == split and case.mask is not None]
+
+
+def prepare(run: Run, recipe: Recipe) -> Prepared:
+    """Load, audit, split and cache the data; writes audit.json and cases.csv into the run.
+
+    Raises a UserError when the audit finds errors, when the data are not those the run began with, or when there are
+    too few masks to train and to validate on.
+    """
+    settings = recipe.data
+    if settings.root is None:
+        raise UserError("No data were named; give the folder, for example data.root=my_images.")
+    cases = load_cases(settings.root, Path(settings.manifest) if settings.manifest else None, settings.unlabelled)
+    run.check_data(_facts(cases, settings))
+    found = audited(run.folder / "audit.json", cases, run.info["data"]["fingerprint"])
+    linked = [(a, b) for a, b, _ in found["duplicates"]]
+    cases = assign_splits(
+        cases,
+        seed=recipe.run.seed,
+        val_fraction=settings.val_fraction,
+        test_fraction=settings.test_fraction,
+        linked=linked,
+    )
+    trainable = [case for case in cases if case.split == "train" and case.mask is not None]
+    chosen = {case.name for case in label_subset(trainable, settings.label_fraction, recipe.run.seed)}
+    uses = _uses(cases, chosen, linked)
+    write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])
+    kept = [case for case in cases if case.split != "test"]
+    dataset = cached(kept, recipe)
+    index = {case.name: number for number, case in enumerate(kept)}
+    return Prepared(
+        cases=cases,
+        dataset=dataset,
+        labelled=[index[name] for name in sorted(chosen)],
+        validation=[index[c.name] for c in kept if c.split == "val" and c.mask is not None],
+        body=[index[c.name] for c in kept if uses[c.name] in ("labelled", "unlabelled")],
+        excluded={
+            name: sum(use == f"excluded-{kind}" for use in uses.values())
+            for name, kind in (("test", "test"), ("near_duplicates", "duplicate"), ("same_group", "group"))
+        },
+    )
+
+
+def audited(path: Path, cases: Sequence[Case], print_: str) -> dict[str, Any]:
+    """Return the audit of the cases, from `path` where it was made before for the same data; errors end the run."""
+    if path.exists() and (found := read_json(path)).get("fingerprint") == print_:
+        return found
+    line = Progress("check")
+    result = audit(cases, on_progress=line.count)
+    found = {**json.loads(json.dumps(result.to_json())), "fingerprint": print_}
+    line.close(f"{len(cases)} images, {len(result.errors)} errors, {len(result.warnings)} warnings")
+    write_json(path, found)
+    if result.errors:
+        path.rename(path.with_name("audit-failed.json"))
+        listed = "\n  ".join(finding.message for finding in result.errors[:20])
+        more = f"\n  ... and {len(result.errors) - 20} more" if len(result.errors) > 20 else ""
+        raise UserError(f"The data have {len(result.errors)} errors; mend them and run this again:\n  {listed}{more}")
+    return found
+
+
+def cached(cases: Sequence[Case], recipe: Recipe) -> CachedDataset:
+    """Return the decoded cache of the cases at the recipe's size, built where it does not exist yet."""
+    folder = recipe.data.cache or default_cache_folder()
+    line = Progress("cache")
+    told = False
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal told
+        told = True
+        line.count(done, total)
+
+    dataset = build_cache(cases, recipe.model.size, folder, on_progress=on_progress)
+    if told:
+        line.close(f"{len(cases)} images decoded")
+    return dataset
+
+
+def _facts(cases: Sequence[Case], settings: DataSection) -> dict[str, Any]:
+    return {
+        "root": str(settings.root),
+        "manifest": settings.manifest,
+        "unlabelled": [str(path) for path in settings.unlabelled],
+        "fingerprint": fingerprint(cases),
+        "num_cases": len(cases),
+        "num_masks": sum(case.mask is not None for case in cases),
+    }
+
+
+def _uses(cases: Sequence[Case], chosen: set[str], linked: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Say for each case what it may be used for: no copy of a test image, nor another of its patient, is trained on."""
+    test = {case.name for case in cases if case.split == "test"}
+    patients = {case.group for case in cases if case.split == "test" and case.group}
+    copies = {a for a, b in linked if b in test} | {b for a, b in linked if a in test}
+    uses = {}
+    for case in cases:
+        if case.split == "test":
+            uses[case.name] = "excluded-test"
+        elif case.split == "val":
+            uses[case.name] = "validation"
+        elif case.name in chosen:
+            uses[case.name] = "labelled"
+        elif case.name in copies:
+            uses[case.name] = "excluded-duplicate"
+        else:
+            uses[case.name] = "excluded-group" if case.group in patients else "unlabelled"
+    return uses

@@ -1,0 +1,28 @@
+"""`fewmask pretrain` and `fewmask finetune`: one stage of the chain on its own, into the same run layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from fewmask.commands.prepare import prepare
+from fewmask.commands.stages import configure_torch, finetune, pretrain
+from fewmask.config import load_recipe, parse_time
+from fewmask.engine.run import Run, interruptible
+
+
+def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
+    """Run one stage of a recipe; `run.time` is the time of this stage's training."""
+    recipe = load_recipe(recipe_name, overrides, stage=name)
+    recipe.stage(name)
+    out = recipe.run.out or Path("runs") / f"{Path(recipe_name).stem}-{name}"
+    configure_torch(recipe)
+    budget = parse_time(recipe.run.time)
+    with Run(out, name, recipe.resolved(), budget) as folder, interruptible(folder):
+        data = prepare(folder, recipe)
+        if name == "pretrain":
+            path = pretrain(folder, recipe, data, budget)
+        else:
+            path = finetune(folder, recipe, data, recipe.model.weights, budget)
+    print(f"{name} is done: {path}")
+    return 0

@@ -1,0 +1,204 @@
+"""Recipes: TOML files whose sections are the models below; three layers, defaults <- recipe <- `key=value`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fewmask.types import UserError
+
+STAGES = ("pretrain", "finetune")
+
+
+_UNITS = {"h": 3600, "m": 60, "s": 1}
+
+
+def parse_time(text: str) -> float | None:
+    """Return the seconds in "15m", "1h30m" or "90s", or None for "none"; ValueError otherwise."""
+    if text == "none":
+        return None
+    if not re.fullmatch(r"(\d+(\.\d+)?[hms])+", text):
+        raise ValueError("a time is written like 15m, 1h30m, 90s or none")
+    seconds = sum(float(n) * _UNITS[u] for n, _, u in re.findall(r"(\d+(\.\d+)?)([hms])", text))
+    if seconds <= 0:
+        raise ValueError("a time must be above zero")
+    return seconds
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class RunSection(Section):
+    """Where and for how long the run works."""
+
+    out: Path | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    time: str = "none"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: Annotated[int, Field(ge=0)] = 0
+    compile: bool = False
+    tensorboard: bool = False
+
+    @field_validator("time")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        parse_time(value)
+        return value
+
+
+class DataSection(Section):
+    """Which images are used, and how they are split where the manifest does not say."""
+
+    root: Path | None = None
+    manifest: str | None = None
+    unlabelled: list[Path] = []
+    label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    test_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.15
+    cache: Path | None = None
+
+
+class ModelSection(Section):
+    """The network: an encoder, where its weights come from, the segmenter around it, and the working size."""
+
+    encoder: str = "efficientnet_lite0"
+    weights: str = "packaged"
+    segmenter: str = "unet"
+    size: Annotated[int, Field(ge=16, le=2048)] = 128
+    encoder_settings: dict[str, Any] = {}
+    segmenter_settings: dict[str, Any] = {}
+
+
+class StageSection(Section):
+    """One training: its method and how it is optimised. `share` is its part of the time when `run.time` is set."""
+
+    method: dict[str, Any]
+    epochs: Annotated[int, Field(ge=0)] = 50
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
+    clip: Annotated[float, Field(ge=0)] = 3.0
+    encoder_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_epoch_steps: Annotated[int, Field(ge=1)] = 20
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @field_validator("method")
+    @classmethod
+    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("name"), str):
+            raise ValueError("it needs a name, such as method.name=mae")
+        return value
+
+
+class Recipe(Section):
+    """Everything a run was told; saved in the run and in every checkpoint."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    pretrain: StageSection | None = None
+    finetune: StageSection | None = None
+
+    def stage(self, name: str) -> StageSection:
+        """Return a stage's section, or raise a UserError that names it."""
+        section = getattr(self, name)
+        if section is None:
+            raise UserError(f"This recipe has no [{name}] section; choose another, or write {name}.method.name=...")
+        return section
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the recipe as JSON-able values."""
+        return self.model_dump(mode="json")
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    folder = Path(str(resources.files("fewmask") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(
+    name: str | Path, overrides: Iterable[str] = (), stage: str | None = None, given: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Return the recipe of a file or a shipped name with `key=value` overrides.
+
+    With `stage`, `method.KEY=...` is short for `STAGE.method.KEY=...`. `given` holds dotted keys set by other command
+    line options. Raises a UserError that names the key and lists the valid ones.
+    """
+    values = _read(name)
+    for key, value in [*(given or {}).items(), *map(_parse_override, overrides)]:
+        full = f"{stage}.{key}" if stage and key.split(".")[0] == "method" else key
+        _set(values, full, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _read(name: str | Path) -> dict[str, Any]:
+    shipped = shipped_recipes()
+    path = shipped.get(str(name), Path(name))
+    if not path.is_file():
+        near = difflib.get_close_matches(str(name), shipped, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"There is no recipe '{name}'.{hint} Give a .toml file or one of: {', '.join(shipped)}.")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"Recipe {path} is not valid TOML: {error}.") from None
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, sign, raw = text.partition("=")
+    if not sign or not key:
+        raise UserError(f"'{text}' is not a setting; write it as key=value, for example finetune.epochs=20.")
+    try:
+        return key, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, raw
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"Setting '{key}' goes below '{parent}', which is a value and not a section.")
+    values[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section, _, key = where.rpartition(".")
+        valid = _keys_of(section)
+        near = difflib.get_close_matches(key, valid, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        return f"Unknown setting '{where}'.{hint} Valid ones{' in ' + section if section else ''}: {', '.join(valid)}."
+    if first["type"] == "missing":
+        return f"Setting '{where}' is missing; add {where}.name=... to choose the method."
+    message = first["msg"].removeprefix("Value error, ").lower()
+    return f"Setting '{where}' cannot be {first['input']!r}: {message}."
+
+
+def _keys_of(section: str) -> list[str]:
+    models: dict[str, type[Section]] = {"run": RunSection, "data": DataSection, "model": ModelSection, "": Recipe}
+    return sorted(models.get(section, StageSection).model_fields)

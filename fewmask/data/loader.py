@@ -1,0 +1,76 @@
+"""Batches from a cache as a function of (seed, step): any step at any time, on any number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from fewmask.data.cache import CachedDataset
+from fewmask.types import Batch, UserError
+
+
+class Loader:
+    """An endless stream of global batches of exactly `batch_size` images, epoch after epoch without a seam.
+
+    Epoch e is a permutation drawn from (seed, e); step t takes positions [t b, (t + 1) b) of all permutations laid end
+    to end, so every image is seen once in each n positions even where n < b or b does not divide n. Nothing is kept
+    between steps: a resumed run continues with the batch it would have had. `min_steps` is the least number of steps
+    that count as an epoch (our choice: a handful of masks would else spend its time on validation).
+    """
+
+    def __init__(
+        self, dataset: CachedDataset, indices: Sequence[int], batch_size: int, seed: int, min_steps: int = 20
+    ) -> None:
+        if len(indices) == 0:
+            raise UserError("There is no image to load: the selection is empty.")
+        if batch_size < 1:
+            raise UserError(f"The batch size is {batch_size}: give a number of at least 1.")
+        self.dataset = dataset
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_images = len(self.indices)
+        self.steps_per_epoch = max(math.ceil(self.num_images / batch_size), min_steps)
+        self._masks = dataset.masks if dataset.has_mask[self.indices].all() else None
+        self._permutation = lru_cache(maxsize=4)(self._draw)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Return the `rank`-th of `world` equal, contiguous parts of the global batch of a step.
+
+        `image` is uint8 (b / world, 3, c, c) in channels-last memory, `mask` uint8 (b / world, 1, c, c), or None unless
+        all images of the loader have one, `label` int64 with -1 for unknown. Raises UserError unless world divides b.
+        """
+        if self.batch_size % world:
+            raise UserError(f"The batch size {self.batch_size} is not a multiple of the {world} processes: change one.")
+        share = self.batch_size // world
+        start = step * self.batch_size + rank * share
+        rows = self.indices[self._positions(start, start + share)]
+        image = torch.from_numpy(_gather(self.dataset.images, rows)).permute(0, 3, 1, 2)
+        mask = None if self._masks is None else torch.from_numpy(_gather(self._masks, rows))[:, None]
+        label = torch.from_numpy(self.dataset.labels[rows])
+        return Batch(image=image, names=[self.dataset.names[row] for row in rows], mask=mask, label=label)
+
+    def _positions(self, start: int, stop: int) -> np.ndarray:
+        """Return what stands at positions [start, stop) of the permutations laid end to end."""
+        positions = np.arange(start, stop)
+        parts = [
+            self._permutation(int(epoch))[positions[positions // self.num_images == epoch] % self.num_images]
+            for epoch in np.unique(positions // self.num_images)
+        ]
+        return np.concatenate(parts)
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+
+
+def _gather(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the rows as a plain array; read in the order of the file, which a disk serves faster."""
+    order = np.argsort(rows, kind="stable")
+    out = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for place in order:
+        out[place] = array[rows[place]]
+    return out

@@ -1,0 +1,65 @@
+"""What deployment reads from a run folder: its segmenter, and the facts that travel with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fewmask.types import UserError
+
+STAGES = ("distill", "finetune")
+THRESHOLD = 0.5
+# The weights of the packaged encoders; others are named, and their licence is left to their source.
+_WEIGHT_LICENCES = {"packaged": "Apache-2.0", "none": "none (random initialisation)"}
+_UNKNOWN = "not recorded; ask the source"
+
+
+def find_segmenter(run: Path) -> Path:
+    """Return the run's segmenter file: the distilled one, else the fine-tuned one. Raises UserError where none is."""
+    if not run.is_dir():
+        raise UserError(f"There is no run folder {run}; give the folder named by --out when the run was started.")
+    for stage in STAGES:
+        path = run / stage / "model.safetensors"
+        if path.is_file():
+            return path
+    raise UserError(f"{run} has no segmenter yet (no finetune/model.safetensors); finish 'fewmask run' first.")
+
+
+def input_size(spec: dict[str, Any], path: Path) -> int:
+    """Return the side, in pixels, of what the network sees, from the spec saved beside its weights."""
+    size = spec.get("size")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"{path} does not say which image size its network takes; train it again with this version.")
+    return size
+
+
+def describe_run(run: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Return what an exported file says of itself: network, licences, metrics and the run's fingerprint.
+
+    Values are JSON-able. What a run does not have (no metrics yet, say) is None or said to be unknown, never guessed.
+    """
+    record = _read(run / "run.json") or {}
+    data = record.get("data") or {}
+    # A path is shortened to its last part: the file may travel, and the path says nothing elsewhere.
+    weights = Path(((record.get("config") or {}).get("model") or {}).get("weights", "unknown")).name
+    return {
+        "threshold": THRESHOLD,
+        "network": spec,
+        "weights": weights,
+        "weights_licence": _WEIGHT_LICENCES.get(weights, _UNKNOWN),
+        "data_licence": data.get("licence") or _UNKNOWN,
+        "data_fingerprint": data.get("fingerprint"),
+        "metrics": _read(run / "metrics.json"),
+        "run_fingerprint": hashlib.sha256(find_segmenter(run).read_bytes()).hexdigest()[:16],
+    }
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and run its command again.") from None

@@ -1,0 +1,283 @@
+"""The only training loop: it knows the objective's contract and nothing else of a method."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fewmask.config import RunSection, StageSection
+from fewmask.engine.checkpoint import restore_newest, save_checkpoint, write_tensors
+from fewmask.engine.optim import build_optimiser, learning_rate, set_learning_rate
+from fewmask.engine.run import is_main, seed_step
+from fewmask.engine.stage import Progress, Stage
+from fewmask.objective import Objective
+from fewmask.types import Batch, Interrupted, UserError
+
+Validate = Callable[[nn.Module], dict[str, float]]
+LOG_EVERY = 10
+
+
+class Stream(Protocol):
+    """What the loop needs of a loader: any batch by its number, so that no position has to be restored."""
+
+    steps_per_epoch: int
+    num_images: int
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Return this process's part of a global batch."""
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    progress: float = 0.0
+    best_score: float = -math.inf
+    best_step: int = -1
+    finished: bool = False
+
+
+@dataclass
+class Meter:
+    """Running figures between two lines of the log."""
+
+    terms: dict[str, list[Tensor]] = field(default_factory=dict)
+    images: int = 0
+    waiting: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, terms: dict[str, Tensor], images: int, waiting: float) -> None:
+        """Count one step."""
+        for name, value in terms.items():
+            self.terms.setdefault(name, []).append(value.detach())
+        self.images += images
+        self.waiting += waiting
+
+    def read(self) -> dict[str, float]:
+        """Return the means and rates since the last reading, and start anew."""
+        seconds = max(time.perf_counter() - self.started, 1e-9)
+        means = {name: float(torch.stack(values).float().mean()) for name, values in self.terms.items()}
+        rates = {"images_per_s": self.images / seconds, "data_wait": self.waiting / seconds}
+        self.__init__()  # type: ignore[misc]
+        return {**means, **rates}
+
+
+def accelerator_for(settings: RunSection) -> Accelerator:
+    """Return the Accelerator for the device and precision asked for; a UserError when the device is absent."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda was asked for, and torch sees no CUDA device; use run.device=cpu.")
+    if settings.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("run.device=mps was asked for, and torch sees no Apple GPU; use run.device=cpu.")
+    return Accelerator(
+        cpu=settings.device == "cpu",
+        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+    )
+
+
+class Fit:
+    """The state of one training; `fit` is the way in."""
+
+    def __init__(
+        self, objective: Objective, loader: Stream, settings: StageSection, stage: Stage, run: RunSection
+    ) -> None:
+        self.objective, self.loader, self.settings, self.stage, self.run = objective, loader, settings, stage, run
+        self.accelerator = accelerator_for(run)
+        self.views = objective.views()
+        optimiser = build_optimiser(objective, settings)
+        compiled = torch.compile(objective) if run.compile else objective
+        self.model, self.optimiser = self.accelerator.prepare(compiled, optimiser)
+        self.state = State()
+        self.total_steps = settings.epochs * loader.steps_per_epoch
+        self.saved_best = -1
+        self.recent: deque[tuple[int, Tensor, list[str]]] = deque(maxlen=2)
+
+    @property
+    def raw_optimiser(self) -> Optimizer:
+        """The torch optimiser under Accelerate's wrapper."""
+        return self.optimiser.optimizer
+
+    def progress(self) -> float:
+        """Return how far the training is: by steps, or by the clock when that is further."""
+        by_steps = self.state.step / self.total_steps
+        by_time = self.stage.elapsed / self.stage.budget if self.stage.budget else 0.0
+        shared = torch.tensor([max(by_steps, by_time)], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:  # clocks differ, the schedule may not
+            shared = self.accelerator.gather(shared).max().reshape(1)
+        return min(float(shared), 1.0)
+
+    def step(self, progress: float) -> tuple[dict[str, Tensor], float]:
+        """Do one optimisation step; return the terms and the seconds spent waiting for data."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        began = time.perf_counter()
+        batch = self.loader.batch(self.state.step, rank, world)
+        waiting = time.perf_counter() - began
+        seed_step(self.stage.run.seed, self.state.step, rank)
+        with torch.no_grad():
+            batch = self.views(batch.to(self.accelerator.device))
+        set_learning_rate(self.raw_optimiser, learning_rate(progress, self.settings))
+        with self.accelerator.autocast():
+            terms = self.model(batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        self.accelerator.backward(terms["loss"])
+        if self.settings.clip:
+            self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
+        self.optimiser.step()
+        self.state.step += 1
+        self.objective.after_step(progress)
+        self.recent.append((self.state.step, terms["loss"].detach(), batch.names))
+        return terms, waiting
+
+    def check_finite(self, everything: bool = False) -> None:
+        """Stop when a loss was not finite.
+
+        The newest loss is looked at one step late, so that an accelerator never waits for the host; before anything is
+        saved, all are looked at, so that no checkpoint holds weights from after the fault.
+        """
+        ready = list(self.recent) if everything or self.accelerator.device.type == "cpu" else list(self.recent)[:-1]
+        for step, loss, names in ready:
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"The loss became {float(loss)} at step {step} with the images {', '.join(names)}; look at them, "
+                    f"or lower {self.stage.name}.lr. The last checkpoint in {self.stage.folder} is sound."
+                )
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        self.check_finite(everything=True)
+        self.state.seconds = self.stage.elapsed
+        if is_main():
+            folder = self.stage.folder / "checkpoints"
+            save_checkpoint(
+                folder, self.state.step, self.objective, self.raw_optimiser,
+                {**asdict(self.state), "budget": self.stage.budget, "config": self.stage.run.config,
+                 "data": self.stage.run.info.get("data"), "git": self.stage.run.info.get("git")},
+            )  # fmt: skip
+            wanted = {self.best_path(self.state.best_step), self.best_path(self.saved_best)}
+            for path in set(folder.glob("best_*.safetensors")) - wanted:
+                path.unlink(missing_ok=True)
+        self.saved_best = self.state.best_step
+
+    def restore(self) -> None:
+        """Go on from the newest sound checkpoint, if there is one."""
+        header, remarks = restore_newest(self.stage.folder / "checkpoints", self.objective, self.raw_optimiser)
+        for remark in remarks:
+            self.stage.log("remark", text=remark)
+            Progress(self.stage.name).close(remark)
+        if header is None:
+            return
+        saved = header["state"]
+        self.state = State(**{name: saved[name] for name in asdict(self.state)})
+        self.saved_best = self.state.best_step
+        self.stage.seconds_before, self.stage.budget = self.state.seconds, saved["budget"]
+        self.stage.log("resume", step=self.state.step, seconds=self.state.seconds)
+
+    def validate(self, validate: Validate, progress: float) -> dict[str, float]:
+        """Score the product, and keep it when it is the best so far."""
+        figures = validate(self.objective.product())
+        score = figures["score"]
+        if score > self.state.best_score:
+            self.state.best_score, self.state.best_step = score, self.state.step
+            if is_main():
+                state = self.objective.product().state_dict()
+                write_tensors(self.best_path(self.state.step), state, {"step": str(self.state.step)})
+        return figures
+
+    def best_path(self, step: int) -> Path:
+        """Where the product that was best at a step is kept while a checkpoint refers to it."""
+        return self.stage.folder / "checkpoints" / f"best_{step:09d}.safetensors"
+
+    def finish(self) -> nn.Module:
+        """Return the product: the best one where there was a validation, the last one otherwise."""
+        product = self.objective.product()
+        if self.state.best_step >= 0:
+            product.load_state_dict(load_file(self.best_path(self.state.best_step)))
+        return product
+
+
+def fit(
+    objective: Objective,
+    loader: Stream,
+    settings: StageSection,
+    stage: Stage,
+    run: RunSection,
+    validate: Validate | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train until the epochs or the stage's time are used up; return the product and the facts to report.
+
+    Resumes from the stage's checkpoints. With a step-bounded schedule the result equals the uninterrupted run bit for
+    bit on a CPU; with a time budget it cannot, because the schedule follows the clock. Raises Interrupted after saving
+    when a stop was asked for, and UserError when a loss is not finite.
+    """
+    loop = Fit(objective, loader, settings, stage, run)
+    (stage.folder / "checkpoints").mkdir(exist_ok=True)
+    with stage.logging(run.tensorboard):
+        loop.restore()
+        _train(loop, validate)
+        if not loop.state.finished:
+            loop.state.finished = True
+            loop.save()
+    facts = {
+        "epochs": round(loop.state.step / loader.steps_per_epoch, 2),
+        "steps": loop.state.step,
+        "num_images": loader.num_images,
+        "batch_size": settings.batch_size,
+        "budget": stage.budget,
+        "best_score": loop.state.best_score if loop.state.best_step >= 0 else None,
+        "best_step": loop.state.best_step if loop.state.best_step >= 0 else None,
+        "device": str(loop.accelerator.device),
+        "num_processes": loop.accelerator.num_processes,
+    }
+    return loop.finish(), facts
+
+
+def _train(loop: Fit, validate: Validate | None) -> None:
+    state, stage, steps = loop.state, loop.stage, loop.loader.steps_per_epoch
+    line, meter, epoch_meter = Progress(stage.name), Meter(), Meter()
+    last_save, last_score = time.monotonic(), ""
+    loop.objective.train()
+    while not state.finished and (progress := loop.progress()) < 1.0:
+        state.progress = progress
+        terms, waiting = loop.step(progress)
+        loop.check_finite()
+        num_images = loop.settings.batch_size
+        meter.add(terms, num_images, waiting)
+        epoch_meter.add(terms, num_images, waiting)
+        state.progress = loop.progress()
+        epoch_ends = state.step % steps == 0 or state.progress >= 1.0
+        figures: dict[str, float] = {}
+        if epoch_ends:
+            figures = epoch_meter.read()
+            if validate is not None:
+                figures |= loop.validate(validate, state.progress)
+                last_score = f", validation {figures['score']:.4f} (best {state.best_score:.4f})"
+                loop.objective.train()
+            epoch_meter = Meter()
+            stage.log("epoch", epoch=math.ceil(state.step / steps), step=state.step, seconds=stage.elapsed, **figures)
+        if state.step % LOG_EVERY == 0 or epoch_ends:
+            read = meter.read()
+            lr = learning_rate(progress, loop.settings)
+            stage.log("step", step=state.step, epoch=state.step / steps, progress=state.progress, lr=lr, **read)
+            text = f"epoch {state.step / steps:.1f}, loss {read['loss']:.4f}{last_score}"
+            line.update(state.progress, f"{text}, {read['images_per_s']:.0f} images/s")
+        stop = stage.run.stop_requested
+        if stop or epoch_ends or time.monotonic() - last_save > loop.settings.checkpoint_seconds:
+            loop.save()
+            last_save = time.monotonic()
+        if stop:
+            raise Interrupted
+    if validate is not None and state.best_step < 0:  # no epoch was completed: an already finished or empty training
+        loop.validate(validate, 1.0)
+    line.close(f"{state.step} steps, {state.step / steps:.1f} epochs{last_score}")

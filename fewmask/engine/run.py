@@ -1,0 +1,232 @@
+"""A run folder: what was asked, one lock, the clock, stop requests, and all randomness."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewmask.types import Interrupted, UserError
+
+PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
+# Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
+_FREE = frozenset({"time", "threads", "checkpoint_seconds", "tensorboard", "out", "root", "unlabelled", "cache"})
+
+
+def seed_step(seed: int, step: int, stream: int = 0) -> None:
+    """Make every generator a function of (seed, step, stream) alone.
+
+    Our choice: since step `n` draws the same numbers whether or not the process lived through the steps before it, a
+    checkpoint's random state is two integers, resume is exact, and a data order can be looked up instead of replayed.
+    `stream` keeps processes (and uses within a step) apart.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest()
+    value = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a temporary name and rename it, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {path}: {error.strerror}; free some space or choose another --out.") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the JSON of a file, or raise a UserError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete the run folder and start again.") from None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that can change a result."""
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_commit() -> str | None:
+    """Return the commit of the source tree fewmask runs from, None where it is installed without one."""
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class Run:
+    """One run folder, held by one process at a time.
+
+    Entering it creates `run.json`, or checks that the folder holds the same run: other settings or changed data raise
+    a UserError that says what differs. SIGTERM and Ctrl-C set `stop_requested`; the training loop then saves and
+    raises `Interrupted`. A second signal ends the process at once.
+    """
+
+    def __init__(self, folder: Path, verb: str, config: dict[str, Any], budget: float | None = None) -> None:
+        self.folder, self.verb, self.config, self.budget = folder, verb, config, budget
+        self.seed: int = config.get("run", {}).get("seed", 0)
+        self.stop_requested = False
+        self.started = time.monotonic()
+        self._previous: dict[int, Any] = {}
+        self._lock: int | None = None
+
+    def __enter__(self) -> Run:
+        self._claim()
+        try:
+            self._check_same()
+            self.info: dict[str, Any] = {**self._old(), **self._facts(), "status": "running"}
+            self.save()
+        except BaseException:
+            self._release()
+            raise
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+        self.info["status"] = "done" if kind is None else "interrupted" if stopped else "failed"
+        self.info["seconds"] = round(self.spent + self.elapsed, 1)
+        self.info["finished"] = _now()
+        with contextlib.suppress(UserError):  # the first error is the one to show
+            self.save()
+        self._release()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this process entered the run."""
+        return time.monotonic() - self.started
+
+    @property
+    def spent(self) -> float:
+        """Seconds that earlier processes worked on this run, as far as they could say."""
+        return float(self.info.get("seconds_before", 0.0))
+
+    def save(self) -> None:
+        """Write run.json."""
+        if is_main():
+            write_json(self.folder / "run.json", self.info)
+
+    def check_data(self, facts: dict[str, Any]) -> None:
+        """Record the data's fingerprint, or raise a UserError when it is not the one this run began with."""
+        old = self.info.get("data")
+        if old and old["fingerprint"] != facts["fingerprint"]:
+            raise UserError(
+                f"The data changed since {self.folder} was started ({old['num_cases']} cases then, "
+                f"{facts['num_cases']} now, or other contents); use another --out, or put the data back to resume."
+            )
+        self.info["data"] = facts
+        self.save()
+
+    def check_stop(self) -> None:
+        """Raise Interrupted when a stop was asked for."""
+        if self.stop_requested:
+            raise Interrupted
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "verb": self.verb,
+            "command": shlex.join(["fewmask", *sys.argv[1:]]),
+            "config": self.config,
+            "versions": versions(),
+            "git": git_commit(),
+            "threads": torch.get_num_threads(),
+            "started": self._old().get("started", _now()),
+            "seconds_before": self._old().get("seconds", 0.0),
+        }
+
+    def _old(self) -> dict[str, Any]:
+        path = self.folder / "run.json"
+        return read_json(path) if path.exists() else {}
+
+    def _check_same(self) -> None:
+        old = self._old()
+        for name in self.config if old else ():
+            then, now = _flat(old.get("config", {}).get(name)), _flat(self.config[name])
+            changed = [k for k in sorted({*then, *now}) if k.split(".")[-1] not in _FREE and then.get(k) != now.get(k)]
+            if changed and old.get("config", {}).get(name) is not None:
+                key = changed[0]
+                raise UserError(
+                    f"{self.folder} holds a run with {name}.{key}={then.get(key)}, and you asked for {now.get(key)}; "
+                    "use the same settings to resume it, or another --out."
+                )
+
+    def _claim(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"Cannot write into {self.folder}: {error.strerror}; choose another --out.") from None
+        if not is_main():
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._release()
+            raise UserError(f"Another run works in {self.folder}; wait for it or choose another --out.") from None
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+
+
+def is_main() -> bool:
+    """Return True in the one process that writes files (torchrun's rank 0, or a process on its own)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def interruptible(run: Run) -> Iterator[None]:
+    """Turn a KeyboardInterrupt within the block into Interrupted, for work that has no loop of ours to ask."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.stop_requested = True
+        raise Interrupted from None
+    run.check_stop()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value} if prefix else {}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

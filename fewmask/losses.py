@@ -1,0 +1,29 @@
+"""Losses that more than one method needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def soft_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
+    """Return 1 - Dice of the probabilities, mean over the batch (our choice: per image, so small lesions count alike).
+
+    `logits` and `target` are (b, 1, h, w), target in [0, 1]; two empty masks cost 0 thanks to `smooth`.
+    """
+    probability = logits.sigmoid().flatten(1)
+    target = target.flatten(1)
+    overlap = (probability * target).sum(1)
+    return (1 - (2 * overlap + smooth) / (probability.sum(1) + target.sum(1) + smooth)).mean()
+
+
+def cross_entropy_dice(logits: Tensor, target: Tensor, dice_weight: float = 0.5) -> dict[str, Tensor]:
+    """Return {"loss", "cross_entropy", "dice"} with loss = (1 - w) CE + w Dice (TransUNet: w = 0.5)."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target)
+    dice = soft_dice(logits, target)
+    return {
+        "loss": torch.lerp(cross_entropy, dice, dice_weight),
+        "cross_entropy": cross_entropy.detach(),
+        "dice": dice.detach(),
+    }

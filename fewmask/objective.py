@@ -1,0 +1,37 @@
+"""The one contract between a method and the training loop."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from fewmask.types import Batch, Views
+
+
+def identity(batch: Batch) -> Batch:
+    """Return the batch as it is."""
+    return batch
+
+
+class Objective(nn.Module, ABC):
+    """Something to be minimised, and what is kept of it afterwards."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return "loss", a finite scalar to minimise, and the scalar terms to log."""
+
+    @abstractmethod
+    def product(self) -> nn.Module:
+        """Return what is kept: an encoder or a segmenter."""
+
+    def views(self) -> Views:
+        """Return the augmentation from a raw batch to a normalised one; it draws from torch's global generator."""
+        return identity
+
+    def after_step(self, progress: float) -> None:
+        """Update what is not learnt by gradient (EMA and the like); `progress` runs from 0 to 1 over the training."""
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Return named pictures (b, 3, s, s) in [0, 1] for the report, from a batch that went through the views."""
+        return {}

@@ -1,0 +1,60 @@
+"""The light transformer that turns visible tokens into the pixels of the masked patches."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from fewmask.models.vit import sine_cosine
+from fewmask.pretrain.patches import take
+from fewmask.types import UserError
+
+
+class PatchDecoder(nn.Module):
+    """The decoder of MAE (He et al. 2022): a mask token stands for each hidden patch, positions are fixed sine-cosine.
+
+    The visible tokens come first and the mask tokens after them, whatever their place in the image: attention does
+    not mind the order, and nothing has to be shuffled back.
+    """
+
+    def __init__(self, encoder_dim: int, grid: int, patch: int, dim: int, depth: int, heads: int) -> None:
+        check_decoder(dim, depth, heads)
+        super().__init__()
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sine_cosine(grid, dim)[None], persistent=False)
+        self.positions: Tensor
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, patch * patch * 3)
+        self.apply(initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
+        """Return the predicted pixels (b, m, patch * patch * 3) of the masked patches.
+
+        `tokens` (b, 1 + k, d) are the encoder's, class token first; `visible` (b, k) and `masked` (b, m) are indices.
+        """
+        positions = self.positions.expand(len(tokens), -1, -1)
+        embedded = self.embed(tokens)
+        known = embedded[:, 1:] + take(positions, visible)
+        unknown = self.mask_token + take(positions, masked)
+        decoded = self.blocks(torch.cat([embedded[:, :1], known, unknown.to(known.dtype)], dim=1))
+        return self.head(self.norm(decoded[:, -masked.shape[1] :]))
+
+
+def check_decoder(dim: int, depth: int, heads: int) -> None:
+    """Raise a UserError unless the heads and the position code divide the width."""
+    if depth < 1 or heads < 1 or dim < 4 or dim % heads or dim % 4:
+        raise UserError(
+            f"A decoder {dim} wide with {depth} blocks of {heads} heads cannot be built: decoder_dim must be a "
+            "multiple of 4 and of decoder_heads, and decoder_depth at least 1."
+        )
+
+
+def initialise(module: nn.Module) -> None:
+    """Initialise a linear layer as MAE does: Xavier-uniform weights, zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,123 @@
+"""Embed pictures in the page and draw the outlines of masks over them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from skimage.measure import approximate_polygon, find_contours
+
+from fewmask.report.wording import title
+from fewmask.types import UserError
+
+MAX_SIDE = 480
+PREVIEW_SIDE = 960
+JPEG_QUALITY = 80
+NUM_PREVIEWS = 6
+PREVIEW_ORDER = ("original", "image", "input", "masked", "reconstruction")
+KINDS = ("best", "median", "worst")
+
+
+def contour_path(mask: NDArray[np.bool_], width: float, height: float, tolerance: float = 0.35) -> str:
+    """Return the outline of a mask (h, w) as an SVG path in a `width` by `height` picture.
+
+    Every sub-path closes and lies within the picture: the mask is padded with background, so that a region at the
+    border is closed along it. Points are thinned to `tolerance` mask pixels (Douglas-Peucker).
+    """
+    scale = np.array([height / mask.shape[0], width / mask.shape[1]])
+    pieces = []
+    for ring in find_contours(np.pad(mask, 1).astype(np.float32), 0.5):
+        # Padding moves pixel centres by one; SVG measures from a pixel's corner, half a pixel before its centre.
+        points = (_thinned(ring, tolerance)[:-1] - 0.5) * scale
+        points = np.clip(points, 0, [height, width])
+        pieces.append("M" + "L".join(f"{_short(x)} {_short(y)}" for y, x in points) + "Z")
+    return "".join(pieces)
+
+
+def data_uri(path: Path, max_side: int = MAX_SIDE) -> tuple[str, int, int]:
+    """Return a picture as a JPEG data URI without its metadata, at most `max_side` long, with its width and height."""
+    picture = _open(path).convert("RGB")
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *picture.size
+
+
+def case_pictures(folder: Path, index: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one entry a case, best first: data URI, size, outlines of truth and prediction, name and Dice.
+
+    Raises UserError when the index names a file that is missing, outside the folder, or no picture.
+    """
+    known = [e for e in index if e["kind"] in KINDS]
+    ordered = sorted(known, key=lambda e: (KINDS.index(e["kind"]), e.get("rank", 0)))
+    return [_case(folder, entry) for entry in ordered]
+
+
+def previews(paths: list[Path]) -> list[list[dict[str, Any]]]:
+    """Return the first few pre-training previews: a row an image, each picture with its name, URI and size.
+
+    Files are called NAME_NUMBER.png; those of one number belong together and stand in the order in which a method
+    shows them: what went in, what was hidden, what came out.
+    """
+    rows: dict[str, list[tuple[str, Path]]] = {}
+    for path in paths:
+        name, _, index = path.stem.rpartition("_")
+        rows.setdefault(index if name else path.stem, []).append((name or path.stem, path))
+    return [
+        [_preview(*item, len(row)) for item in sorted(row, key=_shown_order)]
+        for row in list(rows.values())[:NUM_PREVIEWS]
+    ]
+
+
+def _shown_order(item: tuple[str, Path]) -> tuple[int, str]:
+    return (PREVIEW_ORDER.index(item[0]) if item[0] in PREVIEW_ORDER else len(PREVIEW_ORDER), item[0])
+
+
+def _preview(name: str, path: Path, num_beside: int) -> dict[str, Any]:
+    uri, width, height = data_uri(path, PREVIEW_SIDE if num_beside == 1 else MAX_SIDE // 2)
+    return {"name": title(name), "uri": uri, "width": width, "height": height}
+
+
+def _case(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    uri, width, height = data_uri(_inside(folder, entry["image"]))
+    outlines = {
+        which: contour_path(_read_mask(_inside(folder, str(entry[which]))), width, height) if entry.get(which) else ""
+        for which in ("truth", "prediction")
+    }
+    return {**entry, **outlines, "uri": uri, "width": width, "height": height}
+
+
+def _read_mask(path: Path) -> NDArray[np.bool_]:
+    return np.asarray(_open(path).convert("L")) >= 128
+
+
+def _thinned(ring: NDArray[np.float64], tolerance: float) -> NDArray[np.float64]:
+    points = approximate_polygon(ring, tolerance)
+    return points if len(points) > 3 else ring
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / 'index.json'} names {name}, which lies outside its folder; evaluate the run again.")
+    return path
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path, formats=("JPEG", "PNG")) as picture:
+            picture.load()
+            return picture
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing though the run lists it; run `fewmask evaluate` again.") from None
+    except (OSError, UnidentifiedImageError, SyntaxError):
+        raise UserError(f"{path} is not a readable JPEG or PNG; run the step that writes it again.") from None
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

@@ -1,0 +1,53 @@
+"""A small drawn data set, and the command line called as a user calls it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+from fewmask.__main__ import main
+from fewmask.data.synthetic import make_dataset
+
+# The smallest chain that goes through every stage.
+TINY = (
+    "model.encoder=vit_tiny_patch16", "model.weights=none", "model.segmenter=transunet", "model.size=32",
+    "pretrain.method.name=mae", "pretrain.epochs=1", "pretrain.min_epoch_steps=2", "pretrain.batch_size=4",
+    "finetune.epochs=1", "finetune.min_epoch_steps=2", "finetune.batch_size=4", "run.device=cpu",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Keep the tests out of the user's cache."""
+    monkeypatch.setenv("FEWMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """Twelve images with masks and eight without, 64x80."""
+    return make_dataset(tmp_path_factory.mktemp("drawn") / "data", 12, 8, size=(64, 80))
+
+
+@pytest.fixture
+def data(drawn, tmp_path):
+    """A copy of the drawn data that a test may spoil."""
+    return shutil.copytree(drawn, tmp_path / "data")
+
+
+@pytest.fixture
+def fewmask(monkeypatch, capsys):
+    """Call the command line; returns (exit code, standard output, standard error)."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["fewmask", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -1,0 +1,39 @@
+"""fewmask export on a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fewmask
+from fewmask.commands.export import export
+from fewmask.deploy.latency import IMAGES, THREADS
+from fewmask.models import build_encoder, build_segmenter, save_model
+from fewmask.types import UserError
+
+
+def test_a_run_becomes_one_file_that_predicts_as_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    segmenter = build_segmenter("transunet", build_encoder("vit_tiny_patch16", size=32))
+    save_model(tmp_path / "finetune" / "model.safetensors", segmenter)
+    assert export(tmp_path, None, True) == 0
+    facts = json.loads(capsys.readouterr().out)
+    path = tmp_path / "model.onnx"
+    assert facts["megabytes"] == pytest.approx(path.stat().st_size / 1e6)
+    assert facts["num_parameters"] == sum(p.numel() for p in segmenter.parameters())
+    assert len(facts["latency"]) == len(IMAGES) * len(THREADS)
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in facts["latency"])
+    image = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
+    exported, trained = fewmask.load(path), fewmask.load(tmp_path)
+    assert np.abs(exported(image) - trained(image)).max() <= 1e-3
+    assert exported.metadata["run_fingerprint"] == trained.metadata["run_fingerprint"]
+
+
+def test_a_folder_without_a_segmenter_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no segmenter yet"):
+        export(tmp_path, None, False)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+"""fewmask predict, on a model whose answer is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewmask.commands.predict import COLUMNS, predict
+from fewmask.deploy.predictor import Predictor
+from fewmask.types import UserError
+from tests.deploy.darkness import dark_square, write_darkness
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_darkness(tmp_path / "model.onnx")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    for name, size in {"a.png": (40, 60), "sub/b.jpg": (64, 32), "sub/c.bmp": (33, 77)}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(dark_square(*size)[0]).save(folder / name)
+    return folder
+
+
+def areas(out: Path) -> list[dict[str, str]]:
+    with (out / "areas.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_masks_overlays_and_areas(model: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert predict(model, [str(photos)], out, True, None, False) == 0
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
+        "a.png", "areas.csv", "overlays/a.jpg", "overlays/sub/b.jpg", "overlays/sub/c.jpg", "sub/b.png", "sub/c.png",
+    ]  # fmt: skip
+    predictor = Predictor(model)
+    rows = areas(out)
+    assert tuple(rows[0]) == COLUMNS
+    for row in rows:
+        expected = predictor.mask(row["image"])
+        found = np.asarray(Image.open(row["mask"]))
+        assert np.array_equal(found, expected * np.uint8(255))
+        assert int(row["area_px"]) == expected.sum()
+        assert float(row["area_percent"]) == pytest.approx(100 * expected.mean())
+        assert (int(row["height"]), int(row["width"])) == expected.shape
+        overlay = out / "overlays" / Path(row["mask"]).relative_to(out).with_suffix(".jpg")
+        assert np.asarray(Image.open(overlay)).shape == (*expected.shape, 3)
+
+
+def test_a_higher_threshold_gives_a_smaller_mask_and_is_recorded(model: Path, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64).astype(np.uint8)[None, :, None].repeat(64, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    counts = []
+    for threshold in (0.1, None, 0.9):
+        predict(model, [str(tmp_path / "ramp.png")], tmp_path / "out", False, threshold, True)
+        row = areas(tmp_path / "out")[0]
+        assert float(row["threshold"]) == (threshold or 0.5)
+        counts.append(int(row["area_px"]))
+    assert counts[0] > counts[1] > counts[2] > 0
+
+
+def test_bad_files_are_named_at_the_end_and_the_good_ones_done(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "a_broken.png").write_bytes(b"not a picture")
+    (photos / "empty.jpg").touch()
+    assert predict(model, [str(photos)], tmp_path / "out", False, None, False) == 1
+    assert len(areas(tmp_path / "out")) == 3
+    errors = capsys.readouterr().err
+    assert "a_broken.png" in errors
+    assert "empty.jpg" in errors
+    assert "2 images could not be predicted" in errors
+
+
+def test_json_says_all_of_it(model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "broken.png").write_bytes(b"not a picture")
+    (photos / "readme.txt").write_text("x")
+    assert predict(model, [str(photos)], tmp_path / "out", False, None, True) == 1
+    said, errors = capsys.readouterr()
+    answer = json.loads(said)
+    assert errors == ""
+    assert len(answer["predictions"]) == 3
+    assert [Path(failure["image"]).name for failure in answer["failures"]] == ["broken.png"]
+    assert answer["num_not_images"] == 1
+
+
+def test_an_empty_mask_is_an_answer(model: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((20, 30, 3), 255, np.uint8)).save(tmp_path / "white.png")
+    assert predict(model, [str(tmp_path / "white.png")], tmp_path / "out", True, None, False) == 0
+    assert areas(tmp_path / "out")[0]["area_px"] == "0"
+    assert areas(tmp_path / "out")[0]["mean_probability_inside"] == ""
+
+
+def test_an_input_is_never_overwritten(model: Path, photos: Path, tmp_path: Path) -> None:
+    before = (photos / "a.png").read_bytes()
+    for paths, out in (([str(photos / "a.png")], photos), ([str(photos)], photos)):
+        with pytest.raises(UserError, match="choose another --out"):
+            predict(model, paths, out, False, None, False)
+    (tmp_path / "link").symlink_to(photos)
+    with pytest.raises(UserError, match="choose another --out"):
+        predict(model, [str(photos / "a.png")], tmp_path / "link", False, None, False)
+    assert (photos / "a.png").read_bytes() == before
+    assert not (photos / "areas.csv").exists()
+
+
+def test_a_second_call_into_the_folder_gives_the_same(model: Path, photos: Path) -> None:
+    out = photos / "masks"
+    predict(model, [str(photos)], out, True, None, False)
+    first = areas(out)
+    predict(model, [str(photos)], out, True, None, False)
+    assert areas(out) == first
+
+
+def test_wrong_usage_is_a_sentence(model: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no file or folder"):
+        predict(model, [str(tmp_path / "nothing")], tmp_path / "out", False, None, False)
+    with pytest.raises(UserError, match="threshold"):
+        predict(model, [str(photos)], tmp_path / "out", False, 1.5, False)
+    with pytest.raises(UserError, match="folder for --out"):
+        predict(model, [str(photos)], model, False, None, False)
+    with pytest.raises(UserError, match="no file"):
+        predict(tmp_path / "none.onnx", [str(photos)], tmp_path / "out", False, None, False)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,190 @@
+"""Splits hold groups together, follow the manifest, and depend on the seed alone."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fewmask.data.manifest import load_cases
+from fewmask.data.splits import assign_splits, label_subset
+from fewmask.types import Case, UserError
+from tests.data.conftest import make_case
+
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+
+
+def split_of(cases: list[Case]) -> dict[str, str | None]:
+    return {case.name: case.split for case in cases}
+
+
+def counts(cases: list[Case]) -> Counter:
+    return Counter(case.split for case in cases if case.mask is not None)
+
+
+case_lists = st.lists(
+    st.tuples(st.integers(0, 8), st.sampled_from(["a", "b", None]), st.booleans()), min_size=3, max_size=30
+).map(
+    lambda rows: [
+        make_case(f"c{n}", group=f"g{group}", label=label, **({} if labelled else {"mask": None}))
+        for n, (group, label, labelled) in enumerate(rows)
+    ]
+)
+links = st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=3).map(
+    lambda pairs: [(f"c{a}", f"c{b}") for a, b in pairs]
+)
+
+
+@given(cases=case_lists, linked=links, seed=st.integers(0, 99))
+def test_blocks_stay_whole_every_label_counts_and_order_does_not(cases, linked, seed):
+    try:
+        done = assign_splits(cases, seed=seed, linked=linked)
+    except UserError:
+        assume(len({case.group for case in cases if case.mask is not None}) - len(linked) >= 2)
+        raise
+    splits = split_of(done)
+    assert [case.name for case in done] == [case.name for case in cases]
+    groups: dict[str, set] = {}
+    for case in done:
+        assert (case.split is None) == (case.mask is None)
+        if case.mask is not None:
+            groups.setdefault(case.group, set()).add(case.split)
+    assert all(len(found) == 1 for found in groups.values())
+    for a, b in linked:
+        if splits.get(a) and splits.get(b):
+            assert splits[a] == splits[b]
+    assert {"train", "val"} <= set(counts(done))
+    shuffled = random.Random(seed).sample(cases, len(cases))
+    assert split_of(assign_splits(shuffled, seed=seed, linked=linked)) == splits
+
+
+@given(seed=st.integers(0, 999), num=st.integers(20, 200))
+def test_single_images_are_drawn_in_the_asked_shares(seed, num):
+    cases = [make_case(f"c{n}", label="ab"[n % 5 == 0]) for n in range(num)]
+    found = counts(assign_splits(cases, seed=seed, val_fraction=0.2, test_fraction=0.1))
+    assert abs(found["val"] - 0.2 * num) <= 1.5
+    assert abs(found["test"] - 0.1 * num) <= 1.5
+
+
+def test_another_seed_is_another_split():
+    cases = [make_case(f"c{n}") for n in range(50)]
+    assert split_of(assign_splits(cases, seed=0)) != split_of(assign_splits(cases, seed=1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_are_spread_evenly(seed):
+    cases = [make_case(f"c{n}", label="rare" if n < 20 else "common") for n in range(200)]
+    done = assign_splits(cases, seed=seed)
+    assert Counter(case.split for case in done if case.label == "rare") == {"train": 14, "val": 3, "test": 3}
+
+
+def test_labels_that_are_all_different_do_not_empty_a_split():
+    cases = [make_case(f"c{n}", label=f"l{n}") for n in range(40)]
+    found = counts(assign_splits(cases))
+    assert found == {"train": 28, "val": 6, "test": 6}
+
+
+@pytest.mark.parametrize(
+    ("num", "expected"),
+    [(2, {"train": 1, "val": 1}), (3, {"train": 1, "val": 1, "test": 1}), (4, {"train": 2, "val": 1, "test": 1})],
+)
+def test_tiny_sets(num, expected):
+    for seed in range(10):
+        assert counts(assign_splits([make_case(f"c{n}") for n in range(num)], seed=seed)) == expected
+
+
+def test_too_few_masks_is_one_sentence():
+    with pytest.raises(UserError, match="no masks"):
+        assign_splits([make_case("a", mask=None)])
+    with pytest.raises(UserError, match="at least two"):
+        assign_splits([make_case("a"), make_case("b", mask=None)])
+    with pytest.raises(UserError, match="at least two"):
+        assign_splits([make_case("a", group="p"), make_case("b", group="p")])
+    with pytest.raises(UserError, match="above 0"):
+        assign_splits([make_case("a"), make_case("b")], val_fraction=0)
+
+
+def test_full_manifest_is_kept_and_the_undecided_train_or_follow_their_group():
+    cases = [
+        make_case("a", split="train"),
+        make_case("b", split="val"),
+        make_case("c", split="test", group="p"),
+        make_case("d", group="p"),
+        make_case("e"),
+        make_case("f"),
+        make_case("u", mask=None),
+        make_case("v", mask=None, split="test"),
+    ]
+    done = split_of(assign_splits(cases, linked=[("f", "b")]))
+    assert list(done.values()) == ["train", "val", "test", "test", "train", "val", None, "test"]
+
+
+@pytest.mark.parametrize(("given_split", "drawn"), [("test", "val"), ("val", "test")])
+def test_only_the_missing_split_is_drawn_out_of_train(given_split, drawn):
+    cases = [make_case(f"t{n}", split="train", group=f"g{n // 2}") for n in range(80)]
+    cases += [make_case(f"o{n}", split=given_split) for n in range(30)]
+    done = assign_splits(cases, linked=[("t0", "o0")])
+    assert all(case.split == given_split for case in done if case.name.startswith("o"))
+    assert 10 <= counts(done)[drawn] <= 13
+    # what is linked to a given split may not be drawn into the other one, nor leave train, where it was put
+    assert split_of(done)["t0"] == "train"
+    by_group: dict[str, set] = {}
+    for case in done:
+        by_group.setdefault(case.group, set()).add(case.split)
+    assert all(len(found) == 1 for found in by_group.values())
+
+
+def test_a_group_torn_by_the_manifest_is_refused():
+    cases = [make_case("a", group="p9", split="train"), make_case("b", group="p9", split="test"), make_case("c")]
+    with pytest.raises(UserError, match=r"p9.*train \('a'\).*test \('b'\)"):
+        assign_splits(cases)
+
+
+@given(num=st.integers(1, 120), seed=st.integers(0, 99), data=st.data())
+def test_label_subsets_are_nested_and_never_empty(num, seed, data):
+    cases = [make_case(f"c{n}", label="abc"[n % 7 % 3], split="train") for n in range(num)]
+    small, large = sorted(data.draw(st.tuples(st.floats(0.001, 1), st.floats(0.001, 1))))
+    inner, outer = (label_subset(cases, fraction, seed) for fraction in (small, large))
+    assert {case.name for case in inner} <= {case.name for case in outer}
+    assert len(inner) == max(1, round(small * num))
+    assert label_subset(cases, 1.0, seed) == cases
+    shuffled = random.Random(seed).sample(cases, num)
+    assert {case.name for case in label_subset(shuffled, small, seed)} == {case.name for case in inner}
+
+
+@given(fraction=st.floats(0.01, 1), seed=st.integers(0, 9))
+def test_label_subsets_hold_labels_in_proportion(fraction, seed):
+    cases = [make_case(f"c{n}", label="a" if n % 4 else "b") for n in range(200)]
+    kept = label_subset(cases, fraction, seed)
+    assert abs(sum(case.label == "b" for case in kept) - len(kept) / 4) <= 1
+
+
+def test_label_subset_takes_labelled_cases_only_and_a_share_of_one():
+    cases = [make_case("a"), make_case("u", mask=None)]
+    assert [case.name for case in label_subset(cases, 0.01, 0)] == ["a"]
+    assert label_subset([make_case(f"c{n}") for n in range(40)], 0.1, 0) != label_subset(
+        [make_case(f"c{n}") for n in range(40)], 0.1, 1
+    )
+    for fraction in (0, -0.1, 1.01, float("nan")):
+        with pytest.raises(UserError, match="label_fraction"):
+            label_subset(cases, fraction, 0)
+
+
+@pytest.mark.skipif(not (SHARED / "ham10000").is_dir(), reason="HAM10000 is not here")
+def test_lesions_of_ham10000_stay_together_and_diagnoses_are_balanced():
+    cases = assign_splits(load_cases(SHARED / "ham10000"), seed=3)
+    found = counts(cases)
+    assert abs(found["val"] / len(cases) - 0.15) < 0.003
+    assert abs(found["test"] / len(cases) - 0.15) < 0.003
+    lesions: dict[str, set] = {}
+    for case in cases:
+        lesions.setdefault(case.group, set()).add(case.split)
+    assert all(len(splits) == 1 for splits in lesions.values())
+    labels = Counter(case.label for case in cases)
+    for label, num in labels.items():
+        share = sum(case.label == label and case.split == "test" for case in cases) / num
+        assert abs(share - 0.15) < 0.03, label

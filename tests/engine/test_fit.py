@@ -1,0 +1,240 @@
+"""The loop: what it promises about resume, faults, schedules and the best product."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewmask.config import StageSection
+from fewmask.engine.checkpoint import checkpoints
+from fewmask.engine.optim import build_optimiser, learning_rate
+from fewmask.engine.run import Run
+from fewmask.types import Interrupted, UserError
+from tests.engine.tiny import BATCH, TinyObjective, TinyStream, train
+
+
+class StopsAt(TinyStream):
+    """Behaves as if the user had pressed Ctrl-C while a batch was fetched."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.stop = step
+
+    def batch(self, step, rank=0, world=1):
+        if step == self.stop:
+            signal.raise_signal(signal.SIGTERM)
+        return super().batch(step, rank, world)
+
+
+class DiesAt(TinyStream):
+    """Behaves like kill -9: nothing runs after it but what is on disk."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.stop = step
+
+    def batch(self, step, rank=0, world=1):
+        if step == self.stop:
+            raise MemoryError
+        return super().batch(step, rank, world)
+
+
+def state(objective):
+    return {name: value.clone() for name, value in objective.state_dict().items()}
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_killed_anywhere_and_resumed_equals_the_uninterrupted_run(tmp_path):
+    _, _, whole = train(tmp_path / "whole")
+    for step in (1, 4, 6, 11):
+        folder = tmp_path / f"killed{step}"
+        with pytest.raises(MemoryError):
+            train(folder, stream=DiesAt(step), every=1e9 if step == 4 else 0.0)
+        _, facts, resumed = train(folder)
+        assert facts["steps"] == 12
+        assert_equal(state(whole), state(resumed))
+
+
+def test_a_stop_signal_saves_and_the_rest_is_not_repeated(tmp_path):
+    with pytest.raises(Interrupted):
+        train(tmp_path, stream=StopsAt(5), every=1e9)
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "interrupted"
+    stream = TinyStream()
+    train(tmp_path, stream=stream)
+    assert stream.asked == list(range(6, 12))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    _, _, whole = train(tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        train(tmp_path / "run", stream=DiesAt(8))
+    newest, older = checkpoints(tmp_path / "run" / "pretrain" / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    stream = TinyStream()
+    _, _, resumed = train(tmp_path / "run", stream=stream)
+    assert stream.asked[0] == int(older.stem.split("_")[1])
+    assert_equal(state(whole), state(resumed))
+    log = (tmp_path / "run" / "pretrain" / "log.jsonl").read_text()
+    assert "is damaged and was passed over" in log
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_retrained_silently(tmp_path):
+    with pytest.raises(MemoryError):
+        train(tmp_path, stream=DiesAt(8))
+    for path in checkpoints(tmp_path / "pretrain" / "checkpoints"):
+        path.write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match="No checkpoint in .* can be read"):
+        train(tmp_path)
+
+
+def test_a_finished_training_is_not_continued(tmp_path):
+    _, _, first = train(tmp_path)
+    stream = TinyStream()
+    _, _, second = train(tmp_path, stream=stream)
+    assert stream.asked == []
+    assert_equal(state(first), state(second))
+
+
+def test_nan_stops_with_the_file_names_and_leaves_a_sound_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"nan at step 8 with the images image7_0, image7_1.*sound"):
+        train(tmp_path, stream=TinyStream(poison=7))
+    _, _, objective = train(tmp_path, stream=TinyStream())
+    assert all(torch.isfinite(value).all() for value in objective.state_dict().values())
+
+
+def test_the_best_product_is_kept_not_the_last(tmp_path):
+    scores = iter([0.3, 0.9, 0.5, 0.1])
+    seen = []
+
+    def validate(product):
+        seen.append(state(product))
+        return {"score": next(scores)}
+
+    product, facts, _ = train(tmp_path, validate=validate)
+    assert facts["best_score"] == 0.9
+    assert facts["best_step"] == 6
+    assert_equal(state(product), seen[1])
+
+
+def test_the_best_product_survives_a_kill_after_it(tmp_path):
+    def validate(product):
+        return {"score": -abs(product[0].weight.sum().item())}
+
+    expected, facts, _ = train(tmp_path / "whole", validate=validate)
+    with pytest.raises(MemoryError):
+        train(tmp_path / "run", stream=DiesAt(10), validate=validate, every=1e9)
+    product, resumed, _ = train(tmp_path / "run", validate=validate)
+    assert resumed["best_step"] == facts["best_step"]
+    assert_equal(state(product), state(expected))
+
+
+def test_a_time_budget_ends_the_training_and_the_schedule(tmp_path):
+    _, facts, _ = train(tmp_path, epochs=10**6, budget=1.5)
+    lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
+    assert 0 < facts["steps"] < 3 * 10**6
+    last = [line for line in lines if line["kind"] == "step"][-1]
+    assert last["progress"] == 1.0
+    assert last["lr"] < 0.2 * max(line["lr"] for line in lines if line["kind"] == "step")
+
+
+def test_the_log_says_what_happened(tmp_path):
+    train(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == [3, 6, 9, 10, 12]
+    for line in steps:
+        assert line["twice"] == pytest.approx(2 * line["loss"], rel=1e-5)
+        assert line["images_per_s"] > 0
+        assert 0 <= line["data_wait"] <= 1
+
+
+def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
+    results = [state(train(tmp_path / str(n), seed=s)[2]) for n, s in enumerate((0, 0, 1))]
+    assert_equal(results[0], results[1])
+    assert not torch.equal(results[0]["net.0.weight"], results[2]["net.0.weight"])
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    with pytest.raises(UserError, match=r"holds a run with stage.epochs=1, and you asked for 2"):
+        train(tmp_path, epochs=2)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with Run(tmp_path, "test", {}), pytest.raises(UserError, match="Another run works in"):
+        train(tmp_path)
+
+
+def test_a_missing_device_is_a_sentence(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(UserError, match="run.device=cuda was asked for"):
+        from fewmask.config import RunSection
+        from fewmask.engine.fit import accelerator_for
+
+        accelerator_for(RunSection(device="cuda"))
+
+
+@given(st.floats(0, 1), st.floats(0, 0.9), st.floats(0, 1))
+def test_the_rate_stays_between_its_ends_and_peaks_after_warm_up(progress, warmup, floor):
+    settings = StageSection(method={"name": "x"}, lr=1.0, min_lr=floor, warmup=warmup)
+    rate = learning_rate(progress, settings)
+    assert 0 < rate <= 1.0 + 1e-9 or (floor == 0 and rate == pytest.approx(0, abs=1e-12))
+    assert learning_rate(warmup, settings) == pytest.approx(1.0)
+    assert learning_rate(1.0, settings) == pytest.approx(floor if warmup < 1 else 1.0)
+
+
+def test_cosine_is_half_way_at_half_time():
+    settings = StageSection(method={"name": "x"}, lr=2.0, min_lr=1.0, warmup=0.0)
+    assert learning_rate(0.5, settings) == pytest.approx(1.5)
+    assert learning_rate(0.25, settings) == pytest.approx(1 + 0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_vectors_do_not_decay_and_every_parameter_is_in_one_group():
+    objective = TinyObjective()
+    optimiser = build_optimiser(objective, StageSection(method={"name": "x"}, weight_decay=0.1))
+    for group in optimiser.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+    listed = [id(p) for group in optimiser.param_groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in objective.parameters())
+
+
+def test_layer_decay_follows_depth():
+    model = torch.nn.ModuleDict(
+        {
+            "encoder": torch.nn.ModuleDict(
+                {"patch_embed": torch.nn.Linear(2, 2), "blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 3)}
+            ),
+            "head": torch.nn.Linear(2, 2),
+        }
+    )
+    model["encoder"]["blocks"] = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+    settings = StageSection(method={"name": "x"}, layer_decay=0.5, encoder_lr_scale=0.8)
+    scales = {}
+    for group in build_optimiser(model, settings).param_groups:
+        for parameter in group["params"]:
+            name = next(n for n, p in model.named_parameters() if p is parameter)
+            scales[name] = group["lr_scale"]
+    assert scales["head.weight"] == 1.0
+    assert scales["encoder.blocks.2.weight"] == pytest.approx(0.8 * 0.5)
+    assert scales["encoder.blocks.0.weight"] == pytest.approx(0.8 * 0.5**3)
+    assert scales["encoder.patch_embed.weight"] == pytest.approx(0.8 * 0.5**4)
+
+
+def test_batches_are_what_the_log_counts(tmp_path):
+    _, facts, _ = train(tmp_path, epochs=2)
+    assert facts["batch_size"] == BATCH
+    assert facts["epochs"] == 2

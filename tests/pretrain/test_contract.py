@@ -1,0 +1,126 @@
+"""What every pre-training method owes the training loop; a new line of the table is tested by being there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewmask.models import build_encoder
+from fewmask.pretrain import PRETRAINERS
+from fewmask.registry import build
+from fewmask.types import Batch, UserError
+
+CASES = [(name, "vit_tiny_patch16") for name in PRETRAINERS] + [("simmim", "efficientnet_lite0")]
+
+
+def objective(method: str, encoder: str = "vit_tiny_patch16", **settings):
+    torch.manual_seed(0)
+    return build(PRETRAINERS[method], settings, "method", encoder=build_encoder(encoder, size=64))
+
+
+def coloured_batch() -> Batch:
+    """Two noisy pictures whose hidden colour the visible part tells; their mean colour is 0.9 (1.0 squared) off."""
+    colours = torch.tensor([[1.5, 0.0, -1.0], [-1.5, 1.0, 0.5]])[:, :, None, None]
+    noise = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return Batch(colours + 0.2 * noise, ["a", "b"])
+
+
+@pytest.mark.parametrize(("method", "encoder"), CASES)
+def test_loss_is_finite_and_its_gradient_reaches_the_whole_encoder(method, encoder):
+    subject = objective(method, encoder)
+    terms = subject(coloured_batch())
+    assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
+    terms["loss"].backward()
+    unreached = [n for n, p in subject.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert unreached == []
+
+
+@pytest.mark.parametrize(("method", "encoder"), CASES)
+def test_product_is_the_encoder_that_was_given(method, encoder):
+    given = build_encoder(encoder, size=64)
+    assert PRETRAINERS[method](encoder=given).product() is given
+
+
+@pytest.mark.parametrize(("method", "encoder"), CASES)
+def test_state_round_trips(method, encoder):
+    first, second = objective(method, encoder), objective(method, encoder)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.01)
+    second.load_state_dict(first.state_dict())
+    losses = []
+    for subject in (first, second):
+        torch.manual_seed(3)
+        losses.append(subject.eval()(coloured_batch())["loss"])
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(("method", "encoder"), CASES)
+def test_a_tiny_batch_overfits(method, encoder):
+    subject, batch = objective(method, encoder), coloured_batch()
+    optimiser = torch.optim.AdamW(subject.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(15):
+        torch.manual_seed(5)  # the same mask in every step
+        loss = subject(batch)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 < losses[0]  # the mean colour alone would not do
+
+
+@pytest.mark.parametrize("method", PRETRAINERS)
+def test_loss_is_a_function_of_the_seed(method):
+    subject, losses = objective(method).eval(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(subject(coloured_batch())["loss"].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("method", PRETRAINERS)
+def test_views_give_normalised_pictures_of_the_encoders_size(method):
+    raw = Batch(torch.randint(0, 256, (3, 3, 80, 80), dtype=torch.uint8), ["a", "b", "c"])
+    batch = objective(method).views()(raw)
+    assert batch.image.shape == (3, 3, 64, 64)
+    assert batch.image.dtype == torch.float32
+    assert -2.2 < batch.image.min() < batch.image.max() < 2.7
+
+
+@pytest.mark.parametrize(("method", "encoder"), CASES)
+def test_preview_is_pictures_and_leaves_the_generator_alone(method, encoder):
+    subject, batch = objective(method, encoder), coloured_batch()
+    before = torch.get_rng_state()
+    pictures = subject.eval().preview(batch)
+    assert torch.equal(before, torch.get_rng_state())
+    for picture in pictures.values():
+        assert (len(picture), picture.shape[1], picture.shape[2]) == (2, 3, 64)
+        assert 0 <= picture.min() <= picture.max() <= 1
+        assert not picture.requires_grad
+
+
+@pytest.mark.parametrize("method", PRETRAINERS)
+def test_unknown_setting_lists_the_valid_ones(method):
+    with pytest.raises(UserError, match=r"Unknown setting 'method.mask_ration'. Valid ones: mask_ratio"):
+        objective(method, mask_ration=0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "settings", "sentence"),
+    [
+        ("mae", "vit_tiny_patch16", {"mask_ratio": 0.0}, "mask ratio of 0.0 leaves nothing masked of the 16 patches"),
+        ("mae", "vit_tiny_patch16", {"mask_ratio": 0.99}, "mask ratio of 0.99 leaves nothing visible"),
+        ("mae", "vit_tiny_patch16", {"mask_ratio": -1.0}, "leaves nothing masked"),
+        ("mae", "vit_tiny_patch16", {"decoder_heads": 5}, "384 wide with 2 blocks of 5 heads cannot be built"),
+        ("mae", "vit_tiny_patch16", {"decoder_depth": 0}, "decoder_depth at least 1"),
+        ("mae", "resnet18", {}, "'mae' needs a ViT encoder, but 'resnet18' is a cnn"),
+        ("simmim", "resnet18", {"mask_patch": 48}, "'mask_patch' = 48 does not divide the image size 64"),
+        ("simmim", "resnet18", {"mask_patch": 0}, "'mask_patch' = 0 does not divide"),
+        ("simmim", "resnet18", {"mask_patch": 64}, "leaves nothing visible of the 1 patches"),
+        ("simmim", "vit_tiny_patch16", {"mask_patch": 8}, "'mask_patch' = 8 is not a multiple of 16"),
+    ],
+)
+def test_bad_settings_are_told_in_a_sentence(method, encoder, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        objective(method, encoder, **settings)

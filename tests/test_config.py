@@ -1,0 +1,101 @@
+"""Recipes: three layers, strict keys, and sentences that name them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewmask.config import load_recipe, parse_time, shipped_recipes
+from fewmask.registry import build, choose
+from fewmask.types import UserError
+
+
+class Method:
+    """A method as a recipe sees it."""
+
+    def __init__(self, encoder: object, *, ratio: float = 0.75, depth: int = 2, kind: str = "a", flag: bool = False):
+        self.__dict__.update(encoder=encoder, ratio=ratio, depth=depth, kind=kind, flag=flag)
+
+
+def test_three_layers_in_order(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[run]\nseed = 3\n[finetune]\nepochs = 7\nmethod = { name = "segment" }\n')
+    recipe = load_recipe(path, ["finetune.epochs=9", "run.time=15m"])
+    assert (recipe.run.seed, recipe.finetune.epochs, recipe.finetune.batch_size) == (3, 9, 16)
+    assert recipe.run.time == "15m"
+    assert recipe.pretrain is None
+
+
+def test_method_is_short_for_the_stage(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('[pretrain]\nmethod = { name = "mae" }\n')
+    recipe = load_recipe(path, ["method.mask_ratio=0.6"], stage="pretrain")
+    assert recipe.pretrain.method == {"name": "mae", "mask_ratio": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("finetune.epoch=3", "Unknown setting 'finetune.epoch'. Did you mean 'epochs'?"),
+        ("run.sed=3", "Did you mean 'seed'?"),
+        ("runn.seed=3", "Did you mean 'run'?"),
+        ("finetune.epochs=many", "Setting 'finetune.epochs' cannot be 'many'"),
+        ("finetune.epochs=-1", "Setting 'finetune.epochs' cannot be -1"),
+        ("run.time=soon", "a time is written like 15m"),
+        ("run.time=0s", "above zero"),
+        ("data.label_fraction=0", "Setting 'data.label_fraction' cannot be 0"),
+        ("data.label_fraction=1.5", "cannot be 1.5"),
+        ("run.device=gpu", "cannot be 'gpu'"),
+        ("finetune.epochs", "write it as key=value"),
+        ("run.seed.deep=3", "is a value and not a section"),
+    ],
+)
+def test_a_bad_setting_is_one_sentence(override, words):
+    with pytest.raises(UserError) as error:
+        overrides = ["run.seed=1", override]
+        load_recipe("run", overrides)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path):
+    with pytest.raises(UserError, match="There is no recipe 'nun'. Did you mean 'run'"):
+        load_recipe("nun")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[run\nseed = 1")
+    with pytest.raises(UserError, match="is not valid TOML"):
+        load_recipe(bad)
+
+
+def test_every_shipped_recipe_is_valid_and_says_how_to_run_it():
+    assert {"run", "demo"} <= shipped_recipes().keys()
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(name)
+        assert recipe.pretrain or recipe.finetune
+        assert "fewmask " in path.read_text().split("[")[0]
+
+
+@given(st.integers(0, 99), st.integers(0, 59), st.integers(1, 59))
+def test_times_add_up(hours, minutes, seconds):
+    assert parse_time(f"{hours}h{minutes}m{seconds}s") == hours * 3600 + minutes * 60 + seconds
+
+
+def test_the_constructor_is_the_schema():
+    made = build(Method, {"ratio": 1, "kind": "b"}, "method", encoder="given")
+    assert (made.ratio, made.kind, made.encoder) == (1.0, "b", "given")
+    with pytest.raises(UserError, match=r"Unknown setting 'method.ration'. Valid ones: ratio, depth, kind, flag"):
+        build(Method, {"ration": 0.5}, "method", encoder=1)
+    with pytest.raises(UserError, match="Unknown setting 'method.encoder'"):
+        build(Method, {"encoder": 0.5}, "method", encoder=1)
+    with pytest.raises(UserError, match=r"Setting 'method.depth' cannot be 2.5"):
+        build(Method, {"depth": 2.5}, "method", encoder=1)
+    with pytest.raises(UserError, match=r"Setting 'method.depth' cannot be '3'"):
+        build(Method, {"depth": "3"}, "method", encoder=1)
+    with pytest.raises(UserError, match=r"Setting 'method.flag' cannot be 'yes'"):
+        build(Method, {"flag": "yes"}, "method", encoder=1)
+
+
+def test_choose_hints_at_the_nearest_name():
+    with pytest.raises(UserError, match=r"There is no segmenter named 'unett'. Did you mean 'unet'\? Choose one of: "):
+        choose({"unet": 1, "transunet": 2}, "unett", "segmenter")
