@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from fewmask.data.preprocess import normalise, predict_probability, resize_image
 from fewmask.data.reading import read_image, read_mask
 from fewmask.evaluate.score import score_cases, summarise
 from fewmask.evaluate.statistics import compare
-from fewmask.models.weights import load_packaged
+from fewmask.models import build_encoder
 from fewmask.types import SegOutput
 
 SIZE, BATCH = 128, 16
@@ -56,7 +57,8 @@ def plain(train: list, minutes: float, seed: int, fraction: float) -> tuple[torc
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
     masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
     network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
-    load_packaged(network.encoder.model, "efficientnet_lite0")
+    packaged = build_encoder("efficientnet_lite0", "packaged", size=SIZE)
+    network.encoder.load_state_dict(packaged.body.state_dict())
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
     began, seen = time.perf_counter(), 0
     while time.perf_counter() - began < minutes * 60:
@@ -120,7 +122,7 @@ def main() -> None:
     for side in ("plain", "ours") if args.first == "plain" else ("ours", "plain"):
         if side == "plain":
             network, sides[side] = plain(split["train"], args.minutes, args.seed, args.fraction)
-            rows[side] = score_cases(lambda image: predict_probability(network, image, SIZE), split["test"])
+            rows[side] = score_cases(partial(predict_probability, network, size=SIZE), split["test"])
         else:
             sides[side] = ours(args, run)
             rows[side] = score_cases(TorchPredictor(run), split["test"])

@@ -45,7 +45,7 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     time: str = "none"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0
     compile: bool = False
     tensorboard: bool = False

@@ -19,11 +19,12 @@ def soft_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
 
 
 def cross_entropy_dice(logits: Tensor, target: Tensor, dice_weight: float = 0.5) -> dict[str, Tensor]:
-    """Return {"loss", "cross_entropy", "dice"} with loss = (1 - w) CE + w Dice (TransUNet: w = 0.5)."""
+    """Return {"loss", "cross_entropy", "dice_loss"} with loss = (1 - w) CE + w Dice (TransUNet: w = 0.5)."""
+    logits = logits.float()  # under mixed precision, sums over an image do not fit into half precision
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target)
     dice = soft_dice(logits, target)
     return {
         "loss": torch.lerp(cross_entropy, dice, dice_weight),
         "cross_entropy": cross_entropy.detach(),
-        "dice": dice.detach(),
+        "dice_loss": dice.detach(),
     }

@@ -53,14 +53,13 @@ def test_method_is_short_for_the_stage(tmp_path):
 )
 def test_a_bad_setting_is_one_sentence(override, words):
     with pytest.raises(UserError) as error:
-        overrides = ["run.seed=1", override]
-        load_recipe("run", overrides)
+        load_recipe("run", ["run.seed=1", override])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path):
-    with pytest.raises(UserError, match="There is no recipe 'nun'. Did you mean 'run'"):
+    with pytest.raises(UserError, match=r"There is no recipe 'nun'\. Did you mean 'run'"):
         load_recipe("nun")
     bad = tmp_path / "bad.toml"
     bad.write_text("[run\nseed = 1")
@@ -86,7 +85,7 @@ def test_the_constructor_is_the_schema():
     assert (made.ratio, made.kind, made.encoder) == (1.0, "b", "given")
     with pytest.raises(UserError, match=r"Unknown setting 'method.ration'. Valid ones: ratio, depth, kind, flag"):
         build(Method, {"ration": 0.5}, "method", encoder=1)
-    with pytest.raises(UserError, match="Unknown setting 'method.encoder'"):
+    with pytest.raises(UserError, match=r"Unknown setting 'method\.encoder'"):
         build(Method, {"encoder": 0.5}, "method", encoder=1)
     with pytest.raises(UserError, match=r"Setting 'method.depth' cannot be 2.5"):
         build(Method, {"depth": 2.5}, "method", encoder=1)

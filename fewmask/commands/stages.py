@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fewmask.engine.run import Run, is_main, seed_step
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.validation import Validation
 from fewmask.finetune import FINETUNERS
-from fewmask.models import build_encoder, build_segmenter, save_model
+from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, save_model
 from fewmask.objective import Objective
 from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import build, choose
@@ -93,10 +94,12 @@ def _finish(
     if not is_main():
         return
     method = section.method["name"]
+    assert isinstance(product, Encoder | Segmenter)
     made_by = stage.run.info["versions"].get("fewmask")
     save_model(path, product, {"stage": stage.name, "method": method, "fewmask": made_by})
     _previews(stage, objective, loader)
     stage.finish(method=method, settings=section.model_dump(mode="json"), **facts)
+    shutil.rmtree(stage.folder / "checkpoints")  # several times the model's size, and of no more use
 
 
 def _previews(stage: Stage, objective: Objective, loader: Loader) -> None:

@@ -22,7 +22,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     `image` is uint8 (h, w, 3). The filter is Pillow's BILINEAR, a triangle as wide as the reduction asks, which is what
     torch's `interpolate(mode="bilinear", antialias=True)` and ONNX Resize with antialias=1 compute in floats.
     """
-    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(_resize(Image.fromarray(image), size))
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
@@ -31,7 +31,13 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
     Enlarged and reduced by the filter of `resize_image`, so image and mask stay aligned to a fraction of a pixel.
     """
     coverage = np.multiply(mask, np.uint8(255), dtype=np.uint8)
-    return np.array(Image.fromarray(coverage).resize((size, size), Image.Resampling.BILINEAR))
+    return np.array(_resize(Image.fromarray(coverage), size))
+
+
+def _resize(picture: Image.Image, size: int) -> Image.Image:
+    # Width first, always: Pillow rounds after each pass, and its versions order the passes differently.
+    wide = picture.resize((size, picture.height), Image.Resampling.BILINEAR)
+    return wide.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def normalise(image: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from fewmask.types import UserError
 VERSION = 1
 """Counted up whenever the maps change for the same images and settings."""
 
-MAX_LABELS = 256
 _CHUNK = 32
 _FEW = 256
 """Up to this many images one process is done before a pool has started."""
@@ -39,7 +38,7 @@ class Slic:
 
     Paper (G2LL): 8 segments. Code (scikit-image's defaults): compactness 10, 10 iterations. `num_segments` is what is
     asked for; SLIC starts from a regular grid and may return a few more or fewer. Raises UserError for a number
-    outside 1..200 (labels are kept in a byte, with room for the surplus) or settings that are not positive.
+    outside 1..127 (labels are kept in a byte, with room for twice as many) or settings that are not positive.
     """
 
     num_segments: int = 8
@@ -47,18 +46,24 @@ class Slic:
     iterations: int = 10
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_segments <= 200:
-            raise UserError(f"'num_segments' cannot be {self.num_segments}: give a number from 1 to 200, such as 8.")
+        if not 1 <= self.num_segments <= 127:
+            raise UserError(f"'num_segments' cannot be {self.num_segments}: give a number from 1 to 127, such as 8.")
         if self.compactness <= 0 or self.iterations < 1:
             raise UserError(
                 f"SLIC cannot run with compactness {self.compactness} and {self.iterations} iterations: "
                 "both must be above zero (10 and 10 are usual)."
             )
 
+    @property
+    def num_labels(self) -> int:
+        """An upper bound of the number of labels in a map."""
+        return 2 * self.num_segments + 1
+
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Return the label map uint8 (h, w) of an image uint8 (h, w, 3): labels 0, 1, ... without gaps.
 
-        Regions are connected. Where an image has no edges to follow, SLIC returns its grid of squares.
+        Regions are connected, but for more than `num_labels` (never seen: SLIC merges small ones), of which the last
+        ones would share a label.
         """
         from skimage.segmentation import slic
 
@@ -70,10 +75,8 @@ class Slic:
             start_label=0,
             channel_axis=-1,
         )
-        present = np.unique(labels)
-        if len(present) > MAX_LABELS:
-            raise UserError(f"SLIC found {len(present)} regions in an image: lower 'num_segments'.")
-        return np.searchsorted(present, labels).astype(np.uint8)
+        ranks = np.searchsorted(np.unique(labels), labels)
+        return np.minimum(ranks, self.num_labels - 1).astype(np.uint8)
 
 
 def superpixel_maps(
@@ -116,7 +119,7 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         maps = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # the last for an empty file
         return None
     return maps if maps.shape == shape and maps.dtype == np.uint8 else None
 

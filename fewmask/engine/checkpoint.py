@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -94,6 +95,7 @@ def restore_newest(folder: Path, model: nn.Module, optimiser: Optimizer) -> tupl
             state, optimiser_state, header = load_checkpoint(path)
             model.load_state_dict(state)
             optimiser.load_state_dict(optimiser_state)
+            _match_layout(optimiser)
         except (ValueError, RuntimeError) as error:
             remarks.append(f"{path.name} is damaged and was passed over ({str(error).splitlines()[0]}).")
             continue
@@ -101,3 +103,11 @@ def restore_newest(folder: Path, model: nn.Module, optimiser: Optimizer) -> tupl
     if found:
         raise UserError(f"No checkpoint in {folder} can be read; delete that folder to train this stage anew.")
     return None, remarks
+
+
+def _match_layout(optimiser: Optimizer) -> None:
+    """Give the optimiser's tensors the memory layout of their parameters, which a fused step takes for granted."""
+    for parameter, slots in optimiser.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -46,7 +46,7 @@ def build_optimiser(model: nn.Module, settings: StageSection) -> Optimizer:
     if settings.optimiser == "sgd":
         return torch.optim.SGD(ordered, lr=settings.lr, momentum=settings.betas[0], nesterov=True)
     kind = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.Adam
-    return kind(ordered, lr=settings.lr, betas=settings.betas)
+    return kind(ordered, lr=settings.lr, betas=settings.betas, fused=True)
 
 
 def _scale(name: str, depth: int, settings: StageSection) -> float:

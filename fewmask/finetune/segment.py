@@ -59,7 +59,7 @@ class Segment(Objective):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "loss" and its terms "cross_entropy" and "dice" (1 - soft Dice) for a batch with masks."""
+        """Return "loss" and its terms "cross_entropy" and "dice_loss" (1 - soft Dice) for a batch with masks."""
         if batch.mask is None:
             raise UserError("Fine-tuning needs a mask for every image of the batch; pre-train on images without one.")
         logits = self.segmenter(batch.image).logits.float()

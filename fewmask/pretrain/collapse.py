@@ -64,21 +64,29 @@ def entropy(probability: Tensor) -> Tensor:
 class CollapseGuard(nn.Module):
     """Counts the steps in a row at which a sign of collapse was there, and stops the run after `patience` of them.
 
-    Signs: `feature_std` below `min_std`; the teacher's information (see `entropies`) below `min_information`. All ours.
-    The counts are buffers, so a resumed run goes on counting; they are read by the host every `every` steps only, so
-    that an accelerator is not kept waiting. A patience of 0 never stops. `advice` ends the sentence shown to the user.
+    Signs: `feature_std` below `min_std`; the teacher's information (see `entropies`) below `min_information`. Nothing
+    is counted during the first `grace` of the training: cross-view distillation often starts on a plateau where all
+    targets are alike, and leaves it again. All ours. The counts are buffers, so a resumed run goes on counting; they
+    are read by the host every `every` steps only, so that an accelerator is not kept waiting. A patience of 0 never
+    stops. `advice` ends the sentence shown to the user.
     """
 
     low_std: Tensor
     low_information: Tensor
 
     def __init__(
-        self, advice: str, patience: int, min_std: float = 1e-3, min_information: float = 1e-3, every: int = 20
+        self,
+        advice: str,
+        patience: int,
+        min_std: float = 0.01,
+        min_information: float = 1e-3,
+        grace: float = 0.2,
+        every: int = 20,
     ) -> None:
         if patience < 0:
             raise UserError(f"'collapse_patience' cannot be {patience}: give a number of steps, or 0 for no guard.")
         super().__init__()
-        self.advice, self.patience, self.every = advice, patience, every
+        self.advice, self.patience, self.grace, self.every = advice, patience, grace, every
         self.min_std, self.min_information = min_std, min_information
         self.register_buffer("low_std", torch.zeros((), dtype=torch.int64))
         self.register_buffer("low_information", torch.zeros((), dtype=torch.int64))
@@ -100,8 +108,12 @@ class CollapseGuard(nn.Module):
                 count_low(self.low_information, terms["teacher_information"] < self.min_information)
         return terms
 
-    def after_step(self) -> None:
+    def after_step(self, progress: float) -> None:
         """Raise a UserError when a sign of collapse has been there for `patience` steps in a row."""
+        if progress < self.grace:
+            self.low_std.zero_()
+            self.low_information.zero_()
+            return
         self.num_checks += 1
         if not self.patience or self.num_checks % min(self.every, self.patience):
             return

@@ -87,12 +87,13 @@ class G2LL(Objective):
         self.student = build_student(
             encoder, mask_patch, DecoderShape(decoder_dim, decoder_depth, decoder_heads), norm_pix
         )
-        self.masking = build_masking(mask, self.student.num_patches, mask_ratio, focal_share)
+        slic = Slic(num_segments)
+        self.slic = None if mask == "random" else slic
+        self.masking = build_masking(mask, self.student.num_patches, mask_ratio, focal_share, slic.num_labels)
         self.projector = Projector(global_dim(encoder), num_prototypes, projector_hidden, projector_bottleneck)
         self.teacher = Teacher(self.followed(), momentum)
         self.centre = Centre(num_prototypes, centre_momentum)
         self.guard = CollapseGuard(ADVICE, collapse_patience)
-        self.slic = None if mask == "random" else Slic(num_segments)
         self.tau_s, self.tau_t = tau_s, tau_t
         self.reconstruction_weight, self.distillation_weight = reconstruction_weight, distillation_weight
         self.crop_scale, self.vertical_flip = crop_scale, vertical_flip
@@ -140,7 +141,7 @@ class G2LL(Objective):
     def after_step(self, progress: float) -> None:
         """Move the teacher towards the student; stop the run if the representation has collapsed."""
         self.teacher.follow(self.followed(), progress)
-        self.guard.after_step()
+        self.guard.after_step(progress)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:

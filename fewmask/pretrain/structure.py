@@ -16,15 +16,21 @@ from fewmask.types import Batch, UserError
 
 MaskName = Literal["random", "semantic", "semantic_focal"]
 MAX_LABELS = 256
+LABELS_AT_A_TIME = 16
 
 
-def build_masking(name: MaskName, num_patches: int, ratio: float, focal_share: float = 0.7) -> Masking:
-    """Return the mask strategy of a name; `focal_share` is G2LL's beta. Raises UserError for a ratio or share unfit."""
+def build_masking(
+    name: MaskName, num_patches: int, ratio: float, focal_share: float = 0.7, num_labels: int = MAX_LABELS
+) -> Masking:
+    """Return the mask strategy of a name; `focal_share` is G2LL's beta. Raises UserError for a ratio or share unfit.
+
+    `num_labels` bounds the labels of the superpixels; a close bound saves time.
+    """
     if name == "random":
         return RandomMask(num_patches, ratio)
     if name == "semantic":
-        return SemanticMask(num_patches, ratio)
-    return SemanticFocalMask(num_patches, ratio, focal_share)
+        return SemanticMask(num_patches, ratio, num_labels)
+    return SemanticFocalMask(num_patches, ratio, focal_share, num_labels)
 
 
 class Areas(NamedTuple):
@@ -37,17 +43,32 @@ class Areas(NamedTuple):
 def vote(superpixels: Tensor, grid: int, num_labels: int = MAX_LABELS) -> Areas:
     """Return for each of the grid * grid patches the label that most of its pixels hold, the smaller one in a tie.
 
-    `superpixels` holds labels below `num_labels`, an integer (b, s, s) or (b, 1, s, s), s a multiple of `grid`.
+    `superpixels` holds labels, integers (b, s, s) or (b, 1, s, s) with s a multiple of `grid`; those from `num_labels`
+    on share its last one.
     Paper (G2LL): the majority. Ours: the tie.
     """
     num, side = len(superpixels), superpixels.shape[-1]
     patch = side // grid
     cells = superpixels.reshape(num, grid, patch, grid, patch).permute(0, 1, 3, 2, 4).reshape(num, grid**2, patch**2)
-    cells = cells.long()
-    votes = torch.zeros(num, grid**2, num_labels, dtype=torch.int32, device=cells.device)
-    votes.scatter_add_(2, cells, torch.ones_like(cells, dtype=torch.int32))
-    label = votes.argmax(2)  # of equal maxima, argmax returns the first
+    cells = cells.clamp(max=num_labels - 1)
+    count = count_by_adding if cells.device.type == "cpu" else count_by_comparing
+    label = count(cells, num_labels).argmax(2)  # of equal maxima, argmax returns the first
     return Areas(label, count_labels(label, num_labels))
+
+
+def count_by_adding(cells: Tensor, num_labels: int) -> Tensor:
+    """Return how many pixels of cells (b, n, p) hold each label, int32 (b, n, num_labels); fast on a CPU."""
+    votes = torch.zeros(*cells.shape[:2], num_labels, dtype=torch.int32, device=cells.device)
+    return votes.scatter_add_(2, cells.long(), torch.ones_like(cells, dtype=torch.int32))
+
+
+def count_by_comparing(cells: Tensor, num_labels: int) -> Tensor:
+    """Return what `count_by_adding` returns, without additions in any order.
+
+    An accelerator told to be deterministic would sort all pixels for those; it compares a few labels at a time.
+    """
+    parts = torch.arange(num_labels, device=cells.device).split(LABELS_AT_A_TIME)
+    return torch.cat([(cells[..., None, :] == some[:, None]).sum(3, dtype=torch.int32) for some in parts], 2)
 
 
 def count_labels(label: Tensor, num_labels: int) -> Tensor:
@@ -93,8 +114,8 @@ class StructureMask(Masking):
     `extra` has no "superpixels", a label map at the size of its image, raises a UserError.
     """
 
-    def __init__(self, num_patches: int, ratio: float) -> None:
-        self.num_patches = num_patches
+    def __init__(self, num_patches: int, ratio: float, num_labels: int = MAX_LABELS) -> None:
+        self.num_patches, self.num_labels = num_patches, num_labels
         self.num_masked = RandomMask(num_patches, ratio).num_masked
         self.grid = round(num_patches**0.5)
 
@@ -105,7 +126,7 @@ class StructureMask(Masking):
                 "A mask that follows structure needs the superpixels of its images, and this batch has none: "
                 "use mask = 'random', or load the data with its superpixels."
             )
-        areas = vote(batch.extra["superpixels"], self.grid)
+        areas = vote(batch.extra["superpixels"], self.grid, self.num_labels)
         return draw(areas.label, self.quotas(areas), generator)
 
     @abstractmethod
@@ -130,13 +151,14 @@ class SemanticFocalMask(StructureMask):
 
     Paper: of n patches, n gamma beta lie inside the central areas (beta = 0.7), the rest outside. Ours: the number
     inside is rounded down (44 of 64 for n = 256, gamma = 0.25); central are the areas nearest to the middle of the
-    image, by the centroid of their patches, as many as it takes to hold that number; within a group the quotas are
-    proportional to area by largest remainder; what the margin cannot hold is hidden inside. `focal_share` is beta.
+    image, by the centroid of their patches (the smaller label in a tie), as many as it takes to hold that number;
+    within a group the quotas are proportional to area by largest remainder; what the margin cannot hold is hidden
+    inside. `focal_share` is beta.
     Raises UserError for a share outside [0, 1].
     """
 
-    def __init__(self, num_patches: int, ratio: float, focal_share: float = 0.7) -> None:
-        super().__init__(num_patches, ratio)
+    def __init__(self, num_patches: int, ratio: float, focal_share: float = 0.7, num_labels: int = MAX_LABELS) -> None:
+        super().__init__(num_patches, ratio, num_labels)
         if not 0 <= focal_share <= 1:
             raise UserError(f"'focal_share' cannot be {focal_share}: give a share between 0 and 1, such as 0.7.")
         # The small addend keeps 100 * 0.3 * 0.7 = 20.999... from becoming 20.

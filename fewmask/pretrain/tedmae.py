@@ -92,8 +92,9 @@ class TEDMAE(Objective):
         self.student = build_student(
             encoder, mask_patch, DecoderShape(decoder_dim, decoder_depth, decoder_heads), norm_pix
         )
-        self.masking = build_masking(mask, self.student.num_patches, mask_ratio, focal_share)
-        self.slic = None if mask == "random" else Slic(num_segments)
+        slic = Slic(num_segments)
+        self.slic = None if mask == "random" else slic
+        self.masking = build_masking(mask, self.student.num_patches, mask_ratio, focal_share, slic.num_labels)
         self.has_teacher, self.ec, self.kind = teacher, teacher and ec, distillation
         self.conversion = ExteriorConversion(conversion)
         dim = global_dim(encoder)
@@ -180,7 +181,7 @@ class TEDMAE(Objective):
         """Move the teacher towards the student; stop the run if the representation has collapsed."""
         if self.teacher is not None:
             self.teacher.follow(self.followed(), progress)
-            self.guard.after_step()
+            self.guard.after_step(progress)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:

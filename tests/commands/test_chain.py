@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,12 @@ from PIL import Image
 
 import fewmask as package
 from tests.commands.conftest import TINY
+
+
+def table(path):
+    """Return the rows of a CSV."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,7 @@ def finished(tmp_path_factory, drawn):
 
 def test_the_chain_leaves_a_model_a_report_and_figures(finished, drawn):
     metrics = json.loads((finished / "metrics.json").read_text())
-    rows = list(csv.DictReader((finished / "cases_test.csv").open()))
+    rows = table(finished / "cases_test.csv")
     assert metrics["test"]["dice"]["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]))
     assert metrics["test"]["num_cases"] == len(rows) > 0
     assert "<html" in (finished / "report.html").read_text()
@@ -48,7 +55,7 @@ def test_the_exported_model_and_the_run_agree(finished, drawn):
 
 
 def test_no_test_image_is_trained_on_and_groups_stay_whole(finished):
-    rows = list(csv.DictReader((finished / "cases.csv").open()))
+    rows = table(finished / "cases.csv")
     uses = {(row["split"], row["use"]) for row in rows}
     assert uses <= {("train", "labelled"), ("val", "validation"), ("test", "excluded-test"), ("", "unlabelled")}
     splits = {}
@@ -67,26 +74,29 @@ def test_a_second_call_does_nothing_again(finished, drawn, fewmask):
 
 
 def test_poisoned_test_masks_change_no_weight(data, tmp_path, fewmask, finished):
-    test = [row for row in csv.DictReader((finished / "cases.csv").open()) if row["split"] == "test"]
+    test = [row for row in table(finished / "cases.csv") if row["split"] == "test"]
     manifest = data / "manifest.csv"
-    splits = {os.path.basename(r["image"]): r["split"] for r in csv.DictReader((finished / "cases.csv").open())}
-    rows = list(csv.DictReader(manifest.open()))
+    splits = {Path(r["image"]).name: r["split"] for r in table(finished / "cases.csv")}
+    rows = table(manifest)
     with manifest.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         for row in rows:
-            writer.writerow({**row, "split": splits[os.path.basename(row["image"])]})
+            writer.writerow({**row, "split": splits[Path(row["image"]).name]})
     assert fewmask("run", data, "--out", tmp_path / "clean", *TINY)[0] == 0
     for row in test:
-        path = data / "masks" / os.path.basename(row["mask"])
-        size = Image.open(path).size
+        path = data / "masks" / Path(row["mask"]).name
+        with Image.open(path) as mask:
+            size = mask.size
         Image.fromarray(np.pad(np.full((2, 2), 255, np.uint8), ((0, size[1] - 2), (0, size[0] - 2)))).save(path)
     assert fewmask("run", data, "--out", tmp_path / "poisoned", *TINY)[0] == 0
     for stage in ("pretrain", "finetune"):
         weights = [(tmp_path / run / stage / "model.safetensors").read_bytes() for run in ("clean", "poisoned")]
         assert weights[0] == weights[1]
-    scores = [json.loads((tmp_path / run / "metrics.json").read_text())["test"] for run in ("clean", "poisoned")]
-    assert scores[0]["dice"]["mean"] != scores[1]["dice"]["mean"]
+    truth = [
+        [row["truth_fraction"] for row in table(tmp_path / run / "cases_test.csv")] for run in ("clean", "poisoned")
+    ]
+    assert truth[0] != truth[1]
 
 
 def test_thirty_images_and_three_masks_work(tmp_path, drawn, fewmask):
@@ -101,7 +111,7 @@ def test_thirty_images_and_three_masks_work(tmp_path, drawn, fewmask):
             mask = np.zeros((64, 80), np.uint8)
             mask[10 : 30 + number, 20:50] = 255
             Image.fromarray(mask).save(data / "masks" / f"p{number:02d}.png")
-    code, out, err = fewmask("run", data, "--out", tmp_path / "run", *TINY)
+    code, _, err = fewmask("run", data, "--out", tmp_path / "run", *TINY)
     assert code == 0, err
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val"]["num_cases"] == metrics["test"]["num_cases"] == 1
@@ -110,21 +120,21 @@ def test_thirty_images_and_three_masks_work(tmp_path, drawn, fewmask):
 def test_a_label_fraction_moves_the_rest_to_pretraining(data, tmp_path, fewmask):
     code, _, err = fewmask("run", data, "--out", tmp_path / "run", *TINY, "data.label_fraction=0.3")
     assert code == 0, err
-    uses = [row["use"] for row in csv.DictReader((tmp_path / "run" / "cases.csv").open())]
+    uses = [row["use"] for row in table(tmp_path / "run" / "cases.csv")]
     stages = [json.loads((tmp_path / "run" / s / "stage.json").read_text()) for s in ("pretrain", "finetune")]
     assert stages[1]["num_images"] == uses.count("labelled") < 5
     assert stages[0]["num_images"] == uses.count("labelled") + uses.count("unlabelled")
 
 
 def test_a_copy_of_a_test_image_is_kept_out_of_pretraining(data, tmp_path, fewmask, finished):
-    test = next(row for row in csv.DictReader((finished / "cases.csv").open()) if row["split"] == "test")
+    test = next(row for row in table(finished / "cases.csv") if row["split"] == "test")
     more = tmp_path / "more"
     more.mkdir()
-    picture = Image.open(data / "images" / os.path.basename(test["image"]))
-    picture.save(more / "copy.jpg", quality=60)
+    with Image.open(data / "images" / Path(test["image"]).name) as picture:
+        picture.save(more / "copy.jpg", quality=60)
     code, _, err = fewmask("run", data, "--unlabelled", more, "--out", tmp_path / "run", *TINY)
     assert code == 0, err
-    uses = {os.path.basename(r["image"]): r["use"] for r in csv.DictReader((tmp_path / "run" / "cases.csv").open())}
+    uses = {Path(r["image"]).name: r["use"] for r in table(tmp_path / "run" / "cases.csv")}
     assert uses["copy.jpg"] == "excluded-duplicate"
     facts = json.loads((tmp_path / "run" / "pretrain" / "stage.json").read_text())
     assert facts["excluded"]["near_duplicates"] >= 1

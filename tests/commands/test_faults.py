@@ -248,8 +248,8 @@ SETTINGS = [
     ("model.segmenter=unett", "Did you mean 'unet'"),
     ("model.weights=nowhere", "nowhere"),
     ("model.encoder_settings.deep=3", "deep"),
-    ("pretrain.method.mask_ratio=1.0", "mask_ratio"),
-    ("pretrain.method.mask_ratio=0.01", "mask"),
+    ("pretrain.method.mask_ratio=1.0", "A mask ratio of 1.0"),
+    ("pretrain.method.mask_ratio=0.01", "mask ratio of 0.01"),
     ("pretrain.method.name=maee", "Did you mean 'mae'"),
     ("pretrain.method.ratio=0.5", "Unknown setting 'pretrain.method.ratio'"),
     ("finetune.method.average=1.5", "average"),
@@ -314,7 +314,7 @@ def test_a_full_disk_while_saving_loses_nothing(drawn, tmp_path, monkeypatch, fe
     assert code == 1
     assert "No space left on device" in err
     assert "it resumes" in err
-    assert not [path for path in (tmp_path / "run").rglob("*.tmp")]
+    assert not list((tmp_path / "run").rglob("*.tmp"))
     monkeypatch.undo()
 
 

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewmask.config import StageSection
+from fewmask.config import RunSection, StageSection
 from fewmask.engine.checkpoint import checkpoints
+from fewmask.engine.fit import accelerator_for
 from fewmask.engine.optim import build_optimiser, learning_rate
 from fewmask.engine.run import Run
 from fewmask.types import Interrupted, UserError
@@ -95,7 +96,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_retrained_silently(tmp_path):
         train(tmp_path, stream=DiesAt(8))
     for path in checkpoints(tmp_path / "pretrain" / "checkpoints"):
         path.write_bytes(b"\0" * 100)
-    with pytest.raises(UserError, match="No checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"No checkpoint in .* can be read"):
         train(tmp_path)
 
 
@@ -140,13 +141,25 @@ def test_the_best_product_survives_a_kill_after_it(tmp_path):
     assert_equal(state(product), state(expected))
 
 
-def test_a_time_budget_ends_the_training_and_the_schedule(tmp_path):
-    _, facts, _ = train(tmp_path, epochs=10**6, budget=1.5)
+class Clocked(TinyStream):
+    """Makes every step take a tenth of a second of a clock that only it moves."""
+
+    now = 0.0
+
+    def batch(self, step, rank=0, world=1):
+        self.now += 0.1
+        return super().batch(step, rank, world)
+
+
+def test_a_time_budget_ends_the_training_and_the_schedule(tmp_path, monkeypatch):
+    stream = Clocked()
+    monkeypatch.setattr("fewmask.engine.stage.time.monotonic", lambda: stream.now)
+    _, facts, _ = train(tmp_path, epochs=10**6, stream=stream, budget=2.05, every=1e9)
     lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
-    assert 0 < facts["steps"] < 3 * 10**6
-    last = [line for line in lines if line["kind"] == "step"][-1]
-    assert last["progress"] == 1.0
-    assert last["lr"] < 0.2 * max(line["lr"] for line in lines if line["kind"] == "step")
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert facts["steps"] == 21
+    assert steps[-1]["progress"] == 1.0
+    assert steps[-1]["lr"] < 0.02 * max(line["lr"] for line in steps)
 
 
 def test_the_log_says_what_happened(tmp_path):
@@ -180,10 +193,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 def test_a_missing_device_is_a_sentence(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    with pytest.raises(UserError, match="run.device=cuda was asked for"):
-        from fewmask.config import RunSection
-        from fewmask.engine.fit import accelerator_for
-
+    with pytest.raises(UserError, match=r"run\.device=cuda was asked for"):
         accelerator_for(RunSection(device="cuda"))
 
 

@@ -37,7 +37,7 @@ def test_the_loss_mixes_cross_entropy_and_dice(dice_weight):
     cross_entropy = -(p.log() + (1 - p).log()) / 2
     dice = 1 - (2 * 32 * p + 1) / (64 * p + 32 + 1)
     torch.testing.assert_close(out["cross_entropy"], cross_entropy)
-    torch.testing.assert_close(out["dice"], dice)
+    torch.testing.assert_close(out["dice_loss"], dice)
     torch.testing.assert_close(out["loss"], (1 - dice_weight) * cross_entropy + dice_weight * dice)
 
 

@@ -102,8 +102,8 @@ def test_preview_is_pictures_and_leaves_the_generator_alone(method, encoder):
 
 @pytest.mark.parametrize("method", PRETRAINERS)
 def test_unknown_setting_lists_the_valid_ones(method):
-    with pytest.raises(UserError, match=r"Unknown setting 'method.mask_ration'. Valid ones: mask_ratio"):
-        objective(method, mask_ration=0.5)
+    with pytest.raises(UserError, match=r"Unknown setting 'method.no_such'. Valid ones: "):
+        objective(method, no_such=0.5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""One thread: these networks are tiny, and threads that wait for one another cost more than they bring."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,22 @@
+"""Small batches for the pre-training methods: raw as a loader yields them."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from fewmask.types import Batch
+
+SIZE = 64
+SMALL = {"num_prototypes": 12, "projector_hidden": 16, "projector_bottleneck": 8}
+
+
+def raw_batch(num: int = 3, side: int = 72, seed: int = 0) -> Batch:
+    """Smooth pictures with labels, and superpixels of nine squares."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(num, 3, 5, 5, generator=generator)
+    image = (F.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    third = torch.arange(side) * 3 // side
+    superpixels = (third[:, None] * 3 + third[None]).to(torch.uint8).expand(num, 1, -1, -1).contiguous()
+    label = torch.arange(num) % 2
+    return Batch(image, [str(i) for i in range(num)], label=label, extra={"superpixels": superpixels})
