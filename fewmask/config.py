@@ -58,7 +58,7 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """Which images are used, and how they are split where the manifest does not say."""
+    """Which images are used, how they are split where the manifest does not say, and the licence the model tells."""
 
     root: Path | None = None
     manifest: str | None = None
@@ -67,6 +67,7 @@ class DataSection(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
     test_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.15
     cache: Path | None = None
+    licence: str | None = None
 
 
 class ModelSection(Section):

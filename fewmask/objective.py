@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,7 +17,12 @@ def identity(batch: Batch) -> Batch:
 
 
 class Objective(nn.Module, ABC):
-    """Something to be minimised, and what is kept of it afterwards."""
+    """Something to be minimised, and what is kept of it afterwards.
+
+    `needs_labels` says that images without a class label are of no use to it.
+    """
+
+    needs_labels: bool = False
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -28,6 +35,10 @@ class Objective(nn.Module, ABC):
     def views(self) -> Views:
         """Return the augmentation from a raw batch to a normalised one; it draws from torch's global generator."""
         return identity
+
+    def maps(self) -> Mapping[str, Any]:
+        """Return how to make what `Batch.extra` must hold of each image, by name: "superpixels" -> a `Slic`."""
+        return {}
 
     def after_step(self, progress: float) -> None:
         """Update what is not learnt by gradient (EMA and the like); `progress` runs from 0 to 1 over the training."""

@@ -13,7 +13,7 @@ from fewmask.commands.prepare import Prepared, prepare
 from fewmask.commands.stages import configure_torch, finetune, pretrain
 from fewmask.config import Recipe, load_recipe, parse_time
 from fewmask.deploy.latency import measure_latency
-from fewmask.engine.run import Run, interruptible, read_json, write_json
+from fewmask.engine.run import Run, interruptible, is_main, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.report.build import build_report
 
@@ -53,29 +53,35 @@ def chain(recipe: Recipe, out: Path) -> None:
     configure_torch(recipe)
     with Run(out, "run", recipe.resolved(), parse_time(recipe.run.time)) as folder, interruptible(folder):
         prepared = prepare(folder, recipe)
-        budgets = share_time(folder, recipe, prepared)
-        weights = recipe.model.weights
-        if recipe.pretrain is not None and recipe.pretrain.epochs:
-            weights = str(pretrain(folder, recipe, prepared, budgets["pretrain"]))
-        finetune(folder, recipe, prepared, weights, budgets["finetune"])
-        deliver(folder, prepared)
-    report(out)
+        weights, section = recipe.model.weights, recipe.pretrain
+        if section is not None and section.epochs and worth_pretraining(recipe, prepared):
+            weights = str(pretrain(folder, recipe, prepared, time_for(folder, prepared, section.share)))
+        finetune(folder, recipe, prepared, weights, time_for(folder, prepared))
+        if is_main():
+            deliver(folder, prepared)
+    if is_main():
+        report(out)
 
 
-def share_time(folder: Run, recipe: Recipe, data: Prepared) -> dict[str, float | None]:
-    """Divide what is left of `run.time` among the stages by their `share`, after setting time aside for the end.
+def worth_pretraining(recipe: Recipe, data: Prepared) -> bool:
+    """Return whether there is something to learn before the masks: unlabelled images, or an encoder without weights."""
+    if recipe.model.weights == "none" or len(data.body) > len(data.labelled):
+        return True
+    Progress("pretrain").close("left out: every image has a mask, and the encoder starts from trained weights")
+    return False
 
-    Our choice: the reserve is 30 s and 0.1 s an image to evaluate, at most 30 % of what is left. Fine-tuning gets all
-    that pre-training does not use.
+
+def time_for(folder: Run, data: Prepared, share: float = 1.0) -> float | None:
+    """Return a stage's share of what is left of `run.time`, in seconds, after setting time aside for the end.
+
+    Our choice: the reserve is 30 s and 0.1 s an image to evaluate, at most 30 % of what is left. Pre-training gets its
+    `share`; fine-tuning, asked for later, all that is left then.
     """
     if folder.budget is None:
-        return {"pretrain": None, "finetune": None}
+        return None
     left = max(folder.budget - folder.spent - folder.elapsed, 20.0)
     num_scored = len(data.of_split("test")) + len(data.of_split("val"))
-    left -= min(RESERVE_SECONDS + SECONDS_PER_CASE * num_scored, 0.3 * left)
-    section = recipe.pretrain
-    share = section.share if section is not None and section.epochs else 0.0
-    return {"pretrain": share * left, "finetune": (1 - share) * left}
+    return share * (left - min(RESERVE_SECONDS + SECONDS_PER_CASE * num_scored, 0.3 * left))
 
 
 def deliver(folder: Run, data: Prepared) -> None:

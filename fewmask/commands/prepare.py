@@ -96,16 +96,8 @@ def cached(cases: Sequence[Case], recipe: Recipe) -> CachedDataset:
     """Return the decoded cache of the cases at the recipe's size, built where it does not exist yet."""
     folder = recipe.data.cache or default_cache_folder()
     line = Progress("cache")
-    told = False
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal told
-        told = True
-        line.count(done, total)
-
-    dataset = build_cache(cases, recipe.model.size, folder, on_progress=on_progress)
-    if told:
-        line.close(f"{len(cases)} images decoded")
+    dataset = build_cache(cases, recipe.model.size, folder, on_progress=line.count)
+    line.close(f"{len(cases)} images decoded", only_if_shown=True)
     return dataset
 
 
@@ -115,6 +107,7 @@ def _facts(cases: Sequence[Case], settings: DataSection) -> dict[str, Any]:
         "manifest": settings.manifest,
         "unlabelled": [str(path) for path in settings.unlabelled],
         "fingerprint": fingerprint(cases),
+        "licence": settings.licence,
         "num_cases": len(cases),
         "num_masks": sum(case.mask is not None for case in cases),
     }

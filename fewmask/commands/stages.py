@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from fewmask.commands.prepare import Prepared
 from fewmask.config import Recipe, StageSection
 from fewmask.data.loader import Loader
+from fewmask.data.superpixels import Slic, superpixel_maps
 from fewmask.engine.fit import fit
-from fewmask.engine.run import Run, is_main, seed_step
-from fewmask.engine.stage import Stage
+from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
+from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
 from fewmask.finetune import FINETUNERS
 from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, save_model
@@ -44,9 +47,10 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     if not data.body:
         raise UserError("There is no image to pre-train on: every image is in the validation or the test split.")
     seed_step(recipe.run.seed, 0, stream=1)
-    encoder = _encoder(recipe, recipe.model.weights)
-    objective = _build(PRETRAINERS, section, "pretrain", encoder=encoder)
-    loader = Loader(data.dataset, data.body, section.batch_size, recipe.run.seed, section.min_epoch_steps)
+    objective = objective_for("pretrain", recipe, recipe.model.weights, len(data.dataset.label_names))
+    body = [i for i in data.body if data.dataset.labels[i] >= 0] if objective.needs_labels else data.body
+    maps = {name: _superpixels(data, slic) for name, slic in objective.maps().items()}
+    loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
     product, facts = fit(objective, loader, section, stage, recipe.run)
     _finish(stage, path, product, section, objective, loader, facts | {"excluded": data.excluded})
     return path
@@ -62,8 +66,7 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
     if stage.done:
         return path
     seed_step(recipe.run.seed, 0, stream=2)
-    segmenter = build_segmenter(recipe.model.segmenter, _encoder(recipe, weights), **recipe.model.segmenter_settings)
-    objective = _build(FINETUNERS, section, "finetune", segmenter=segmenter, size=recipe.model.size)
+    objective = objective_for("finetune", recipe, weights)
     loader = Loader(data.dataset, data.labelled, section.batch_size, recipe.run.seed, section.min_epoch_steps)
     validate = Validation(data.dataset, data.validation, recipe.model.size)
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
@@ -72,13 +75,25 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
     return path
 
 
-def _encoder(recipe: Recipe, weights: str) -> Any:
-    return build_encoder(recipe.model.encoder, weights, size=recipe.model.size, **recipe.model.encoder_settings)
+def _superpixels(data: Prepared, slic: Slic) -> np.ndarray:
+    line = Progress("superpixels")
+    maps = superpixel_maps(data.dataset, slic, on_progress=line.count)
+    line.close(f"{len(maps)} images", only_if_shown=True)
+    return maps
 
 
-def _build(table: dict[str, Any], section: StageSection, stage: str, **given: Any) -> Objective:
-    settings = dict(section.method)
+def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0) -> Objective:
+    """Return a stage's objective, its network built as the recipe says and its encoder filled from `weights`."""
+    model = recipe.model
+    encoder = build_encoder(model.encoder, weights, size=model.size, **model.encoder_settings)
+    offered: dict[str, Any] = {"encoder": encoder, "num_classes": num_classes, "size": model.size}
+    if stage == "finetune":
+        offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
+    settings = dict(recipe.stage(stage).method)
+    table: dict[str, Any] = {"pretrain": PRETRAINERS, "finetune": FINETUNERS}[stage]
     factory = choose(table, settings.pop("name"), f"{stage} method")
+    # Of what is offered, a method is given what its constructor asks for.
+    given = {name: value for name, value in offered.items() if name in inspect.signature(factory).parameters}
     return build(factory, settings, f"{stage}.method", **given)
 
 
@@ -91,15 +106,15 @@ def _finish(
     loader: Loader,
     facts: dict[str, Any],
 ) -> None:
-    if not is_main():
-        return
-    method = section.method["name"]
-    assert isinstance(product, Encoder | Segmenter)
-    made_by = stage.run.info["versions"].get("fewmask")
-    save_model(path, product, {"stage": stage.name, "method": method, "fewmask": made_by})
-    _previews(stage, objective, loader)
-    stage.finish(method=method, settings=section.model_dump(mode="json"), **facts)
-    shutil.rmtree(stage.folder / "checkpoints")  # several times the model's size, and of no more use
+    if is_main():
+        method = section.method["name"]
+        assert isinstance(product, Encoder | Segmenter)
+        made_by = stage.run.info["versions"].get("fewmask")
+        save_model(path, product, {"stage": stage.name, "method": method, "fewmask": made_by})
+        _previews(stage, objective, loader)
+        stage.finish(method=method, settings=section.model_dump(mode="json"), **facts)
+        shutil.rmtree(stage.folder / "checkpoints")  # several times the model's size, and of no more use
+    wait_for_everyone()
 
 
 def _previews(stage: Stage, objective: Objective, loader: Loader) -> None:

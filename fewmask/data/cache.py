@@ -104,7 +104,7 @@ def _open(entry: Path, cases: Sequence[Case], side: int) -> CachedDataset | None
         images = np.load(entry / "images.npy", mmap_mode="r", allow_pickle=False)
         masks = np.load(entry / "masks.npy", mmap_mode="r", allow_pickle=False) if has_mask.any() else None
         whole = images.shape == (*shape, 3) and (masks is None or masks.shape == shape)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         whole = False
     if not whole:
         shutil.rmtree(entry, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,11 +19,18 @@ class Loader:
     Epoch e is a permutation drawn from (seed, e); step t takes positions [t b, (t + 1) b) of all permutations laid end
     to end, so every image is seen once in each n positions even where n < b or b does not divide n. Nothing is kept
     between steps: a resumed run continues with the batch it would have had. `min_steps` is the least number of steps
-    that count as an epoch (our choice: a handful of masks would else spend its time on validation).
+    that count as an epoch (our choice: a handful of masks would else spend its time on validation). `maps` are arrays
+    uint8 (n, c, c) beside the images, such as superpixels; they arrive in `extra` as (b, 1, c, c).
     """
 
     def __init__(
-        self, dataset: CachedDataset, indices: Sequence[int], batch_size: int, seed: int, min_steps: int = 20
+        self,
+        dataset: CachedDataset,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int,
+        min_steps: int = 20,
+        maps: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         if len(indices) == 0:
             raise UserError("There is no image to load: the selection is empty.")
@@ -36,6 +43,7 @@ class Loader:
         self.num_images = len(self.indices)
         self.steps_per_epoch = max(math.ceil(self.num_images / batch_size), min_steps)
         self._masks = dataset.masks if dataset.has_mask[self.indices].all() else None
+        self._maps = dict(maps or {})
         self._permutation = lru_cache(maxsize=4)(self._draw)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -52,7 +60,9 @@ class Loader:
         image = torch.from_numpy(_gather(self.dataset.images, rows)).permute(0, 3, 1, 2)
         mask = None if self._masks is None else torch.from_numpy(_gather(self._masks, rows))[:, None]
         label = torch.from_numpy(self.dataset.labels[rows])
-        return Batch(image=image, names=[self.dataset.names[row] for row in rows], mask=mask, label=label)
+        extra = {name: torch.from_numpy(_gather(array, rows))[:, None] for name, array in self._maps.items()}
+        names = [self.dataset.names[row] for row in rows]
+        return Batch(image=image, names=names, mask=mask, label=label, extra=extra)
 
     def _positions(self, start: int, stop: int) -> np.ndarray:
         """Return what stands at positions [start, stop) of the permutations laid end to end."""

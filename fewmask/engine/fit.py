@@ -115,14 +115,14 @@ class Fit:
         self.accelerator = accelerator_for(run)
         self.views = objective.views()
         # Convolutions run faster with the channels last, on CPUs and GPUs alike; elsewhere it changes nothing.
-        objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        objective.to(memory_format=torch.channels_last)
         optimiser = build_optimiser(objective, settings)
         compiled = torch.compile(objective) if run.compile else objective
         self.model, self.optimiser = self.accelerator.prepare(compiled, optimiser)
         self.state = State()
         self.total_steps = settings.epochs * loader.steps_per_epoch
         self.best: dict[str, Tensor] = {}
-        self.saved_best = -1
+        self.saved_best, self.stopping = -1, False
         self.recent: deque[tuple[int, Tensor, list[str]]] = deque(maxlen=2)
 
     @property
@@ -131,13 +131,18 @@ class Fit:
         return self.optimiser.optimizer
 
     def progress(self) -> float:
-        """Return how far the training is: by steps, or by the clock when that is further."""
+        """Return how far the training is, by steps, or by the clock when that is further; note whether to stop.
+
+        Clocks and signals differ between processes, the schedule and the last step may not: all take the furthest.
+        """
         by_steps = self.state.step / self.total_steps
         by_time = self.stage.elapsed / self.stage.budget if self.stage.budget else 0.0
-        shared = torch.tensor([max(by_steps, by_time)], device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:  # clocks differ, the schedule may not
-            shared = self.accelerator.gather(shared).max().reshape(1)
-        return min(float(shared), 1.0)
+        furthest, self.stopping = max(by_steps, by_time), self.stage.run.stop_requested
+        if self.accelerator.num_processes > 1:
+            own = torch.tensor([[furthest, float(self.stopping)]], device=self.accelerator.device)
+            furthest, stopping = self.accelerator.gather(own).amax(0).tolist()
+            self.stopping = bool(stopping)
+        return min(furthest, 1.0)
 
     def step(self, progress: float) -> tuple[dict[str, Tensor], float]:
         """Do one optimisation step; return the terms and the seconds spent waiting for data."""
@@ -297,11 +302,10 @@ def _train(loop: Fit, validate: Validate | None) -> None:
             stage.log("step", step=state.step, epoch=state.step / steps, progress=state.progress, lr=lr, **read)
             text = f"epoch {state.step / steps:.1f}, loss {read['loss']:.4f}{last_score}"
             line.update(state.progress, f"{text}, {read['images_per_s']:.0f} images/s")
-        stop = stage.run.stop_requested
-        if stop or time.monotonic() - last_save > loop.settings.checkpoint_seconds:
+        if loop.stopping or time.monotonic() - last_save > loop.settings.checkpoint_seconds:
             loop.save()
             last_save = time.monotonic()
-        if stop:
+        if loop.stopping:
             raise Interrupted
     if validate is not None and state.best_step < 0:  # no epoch was completed: an already finished or empty training
         loop.validate(validate, 1.0)

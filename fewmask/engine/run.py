@@ -26,7 +26,9 @@ from fewmask.types import Interrupted, UserError
 
 PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
 # Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
-_FREE = frozenset({"time", "threads", "checkpoint_seconds", "tensorboard", "out", "root", "unlabelled", "cache"})
+_FREE = frozenset(
+    {"time", "threads", "checkpoint_seconds", "tensorboard", "out", "root", "unlabelled", "cache", "licence"}
+)
 
 
 def seed_step(seed: int, step: int, stream: int = 0) -> None:
@@ -209,6 +211,12 @@ class Run:
 def is_main() -> bool:
     """Return True in the one process that writes files (torchrun's rank 0, or a process on its own)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_everyone() -> None:
+    """Wait until every process has come here, so that what the main one wrote is there for all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 @contextlib.contextmanager

@@ -125,9 +125,9 @@ class Progress:
         """Show how many images are done; fits the `on_progress` of every function that goes through images."""
         self.update(num_done / num_total, f"{num_done} of {num_total} images")
 
-    def close(self, text: str) -> None:
-        """End the line with a summary."""
-        if is_main():
+    def close(self, text: str, only_if_shown: bool = False) -> None:
+        """End the line with a summary; with `only_if_shown`, not for work that turned out to be done already."""
+        if is_main() and not (only_if_shown and self._first is None):
             took = duration(time.monotonic() - self._started)
             self.stream.write(f"{chr(13) + chr(27) + '[2K' if self.live else ''}{self.title}: {text} ({took})\n")
             self.stream.flush()

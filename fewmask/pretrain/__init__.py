@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fewmask.objective import Objective
+from fewmask.pretrain.dino import DINO
+from fewmask.pretrain.g2ll import G2LL
 from fewmask.pretrain.mae import MAE
 from fewmask.pretrain.simmim import SimMIM
+from fewmask.pretrain.supervised import Supervised
+from fewmask.pretrain.tedmae import TEDMAE
 
-PRETRAINERS: dict[str, Callable[..., Objective]] = {"mae": MAE, "simmim": SimMIM}
+PRETRAINERS: dict[str, Callable[..., Objective]] = {
+    "dino": DINO,
+    "g2ll": G2LL,
+    "mae": MAE,
+    "simmim": SimMIM,
+    "supervised": Supervised,
+    "tedmae": TEDMAE,
+}

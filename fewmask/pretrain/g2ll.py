@@ -124,6 +124,10 @@ class G2LL(Objective):
         terms = {"reconstruction": reconstruction.detach(), "distillation": distillation.detach()}
         return {"loss": loss, **terms, **figures}
 
+    def maps(self) -> dict[str, Slic]:
+        """Return the superpixels its masks follow, none for random ones."""
+        return {} if self.slic is None else {"superpixels": self.slic}
+
     def product(self) -> Encoder:
         """Return the student's encoder."""
         return self.student.encoder

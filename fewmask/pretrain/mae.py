@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewmask.data.augment import PretrainViews
 from fewmask.data.preprocess import denormalise
+from fewmask.data.superpixels import Slic
 from fewmask.models import Encoder
 from fewmask.models.vit import Vit
 from fewmask.objective import Objective
-from fewmask.pretrain.masking import RandomMask, split_indices
+from fewmask.pretrain.crops import CropViews
+from fewmask.pretrain.masking import split_indices
 from fewmask.pretrain.patch_decoder import PatchDecoder
 from fewmask.pretrain.patches import patchify, take, unpatchify
+from fewmask.pretrain.structure import MaskName, build_masking
 from fewmask.types import Batch, UserError, Views
 
 PREVIEW_SEED = 0
@@ -26,6 +28,7 @@ class MAE(Objective):
     decoder sine-cosine positions, `norm_pix` (off in G2LL's equation, on in MAE's best rows). Paper (G2LL): decoder of
     2 blocks, 384 wide, 6 heads, where MAE's own is 8 blocks of 512. Ours: pixels are those of the
     normalised image; `vertical_flip` adds the other mirror axis, which pictures of skin allow and radiographs do not.
+    `mask` may follow superpixels as in G2LL's table 2.
     Raises UserError for an encoder that is no ViT or a ratio that leaves nothing visible or nothing masked.
     """
 
@@ -39,6 +42,9 @@ class MAE(Objective):
         decoder_heads: int = 6,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         vertical_flip: bool = True,
+        mask: MaskName = "random",
+        focal_share: float = 0.7,
+        num_segments: int = 8,
     ) -> None:
         if not isinstance(encoder, Vit):
             raise UserError(
@@ -47,7 +53,9 @@ class MAE(Objective):
             )
         super().__init__()
         self.encoder = encoder
-        self.masking = RandomMask(encoder.num_patches, mask_ratio)
+        slic = Slic(num_segments)
+        self.slic = None if mask == "random" else slic
+        self.masking = build_masking(mask, encoder.num_patches, mask_ratio, focal_share, slic.num_labels)
         self.decoder = PatchDecoder(
             encoder.dim, encoder.grid, encoder.patch, decoder_dim, decoder_depth, decoder_heads
         )  # fmt: skip
@@ -73,13 +81,17 @@ class MAE(Objective):
         mean, std = patch_statistics(pixels)
         return (pixels - mean) / std
 
+    def maps(self) -> dict[str, Slic]:
+        """Return the superpixels its masks follow, none for random ones."""
+        return {} if self.slic is None else {"superpixels": self.slic}
+
     def product(self) -> Encoder:
         """Return the encoder; the decoder is thrown away."""
         return self.encoder
 
     def views(self) -> Views:
         """Return random resized crops and flips."""
-        return PretrainViews(self.encoder.size, scale=self.crop_scale, flip=True, vertical=self.vertical_flip)
+        return CropViews(self.encoder.size, scale=self.crop_scale, vertical=self.vertical_flip)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:

@@ -168,6 +168,10 @@ class TEDMAE(Objective):
             self.centre.update(scores)
         return loss, target
 
+    def maps(self) -> dict[str, Slic]:
+        """Return the superpixels its masks follow, none for random ones."""
+        return {} if self.slic is None else {"superpixels": self.slic}
+
     def product(self) -> Encoder:
         """Return the student's encoder."""
         return self.student.encoder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -248,3 +250,27 @@ def test_batches_are_what_the_log_counts(tmp_path):
     _, facts, _ = train(tmp_path, epochs=2)
     assert facts["batch_size"] == BATCH
     assert facts["epochs"] == 2
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    def start(name, *launcher):
+        command = [sys.executable, *launcher, "-m", "tests.engine.two_processes", str(tmp_path / name)]
+        subprocess.run(command, check=True, capture_output=True)
+        return torch.load(tmp_path / name / "result.pt", weights_only=True)
+
+    one = start("one")
+    two = start("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra fewmask[tracking] is not installed")
+    train(tmp_path, tensorboard=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "pretrain" / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
+    logged = [(line["step"], line["loss"]) for line in lines if line["kind"] == "step"]
+    assert [(e.step, pytest.approx(e.value, rel=1e-4)) for e in events.Scalars("pretrain/step/loss")] == logged

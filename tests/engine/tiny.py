@@ -59,17 +59,20 @@ class TinyObjective(Objective):
         self.average.lerp_(self.net[0].weight.detach(), 0.1)
 
 
-def train(folder, *, epochs=4, stream=None, validate=None, budget=None, lr=1e-2, every=0.0, seed=0, **run_settings):
+def train(
+    folder, *, epochs=4, stream=None, validate=None, budget=None, lr=1e-2, every=0.0, seed=0, objective=TinyObjective,
+    **run_settings,
+):  # fmt: skip
     """Run the real loop in a folder; return (product, facts, objective)."""
     settings = StageSection(
         method={"name": "tiny"}, epochs=epochs, batch_size=BATCH, lr=lr, min_epoch_steps=1, checkpoint_seconds=every
     )
     section = RunSection(seed=seed, device="cpu", **run_settings)
     torch.manual_seed(seed)
-    objective = TinyObjective()
+    made = objective()
     with Run(
         folder, "test", {"run": section.model_dump(mode="json"), "stage": settings.model_dump(mode="json")}
     ) as run:
         stage = Stage(run, "pretrain", budget)
-        product, facts = fit(objective, stream or TinyStream(), settings, stage, section, validate)
-    return product, facts, objective
+        product, facts = fit(made, stream or TinyStream(), settings, stage, section, validate)
+    return product, facts, made
