@@ -42,7 +42,7 @@ def main() -> None:
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     table = [
-        "| 529 of the 600 ISIC-2017 test images, centre-cropped | Dice (95 % interval) | HD95, px at 256x256 | missed | |",
+        "| 529 of 600 ISIC-2017 test images, centre-cropped | Dice (95 % interval) | HD95, px at 256x256 | missed | |",
         "|---|---|---|---|---|",
         *rows(),
     ]

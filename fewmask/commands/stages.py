@@ -90,7 +90,7 @@ def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0
     if stage == "finetune":
         offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
     settings = dict(recipe.stage(stage).method)
-    table: dict[str, Any] = {"pretrain": PRETRAINERS, "finetune": FINETUNERS}[stage]
+    table: dict[str, Any] = PRETRAINERS if stage == "pretrain" else FINETUNERS
     factory = choose(table, settings.pop("name"), f"{stage} method")
     # Of what is offered, a method is given what its constructor asks for.
     given = {name: value for name, value in offered.items() if name in inspect.signature(factory).parameters}
