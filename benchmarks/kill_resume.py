@@ -2,8 +2,8 @@
 
     python benchmarks/kill_resume.py --kills 20 --out benchmarks/results
 
-Each kill starts from an empty folder, waits a random part of the uninterrupted run's time, sends SIGKILL, runs the
-same command again until it ends, and compares `model.safetensors` with the uninterrupted run's.
+Each kill starts from an empty folder, waits for a random moment of the training, sends SIGKILL, runs the same command
+again until it ends, and compares `model.safetensors` with the uninterrupted run's.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def attempt(stage: str, data: Path, work: Path, whole: Path, after: float) -> dict:
-    """Kill one training after some seconds, resume it, and compare."""
+    """Kill one training some seconds after its first line in the log, resume it, and compare."""
     run = work / f"{stage}-killed"
     shutil.rmtree(run, ignore_errors=True)
     process = subprocess.Popen(command(stage, data, run), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    log = run / stage / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.02)
     time.sleep(after)
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
@@ -71,9 +74,12 @@ def main() -> None:
         shutil.rmtree(whole, ignore_errors=True)
         began = time.monotonic()
         subprocess.run(command(stage, data, whole), check=True, capture_output=True)
-        seconds = time.monotonic() - began
+        facts = json.loads((whole / stage / "stage.json").read_text())
+        print(f"{stage}: {time.monotonic() - began:.1f} s uninterrupted, {facts['seconds']} s of them training")
         for _ in range(args.kills):
-            rows.append(attempt(stage, data, args.work, whole / stage / "model.safetensors", rng.uniform(0.2, seconds)))
+            rows.append(
+                attempt(stage, data, args.work, whole / stage / "model.safetensors", rng.uniform(0, facts["seconds"]))
+            )
             print(json.dumps(rows[-1]), flush=True)
     equal = sum(not row["different"] for row in rows)
     args.out.mkdir(parents=True, exist_ok=True)

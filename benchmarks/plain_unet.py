@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from fewmask.data.manifest import load_cases
 from fewmask.data.preprocess import normalise, predict_probability, resize_image, resize_mask
 from fewmask.data.reading import read_image, read_mask
+from fewmask.data.splits import label_subset
 from fewmask.evaluate.score import score_cases, summarise
 from fewmask.evaluate.statistics import compare
 from fewmask.models import build_encoder
@@ -52,8 +54,7 @@ def plain(train: list, minutes: float, seed: int, fraction: float) -> tuple[torc
     """Train the plain way; return the network and its figures."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    if fraction < 1:
-        train = [train[i] for i in rng.permutation(len(train))[: max(1, round(len(train) * fraction))]]
+    train = label_subset(train, fraction, seed)  # the images that fewmask chooses
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
     masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
     network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
@@ -82,6 +83,7 @@ def plain(train: list, minutes: float, seed: int, fraction: float) -> tuple[torc
 
 def ours(args: argparse.Namespace, run: Path) -> dict:
     """Run `fewmask finetune` for the same minutes; return its figures."""
+    shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "fewmask", "finetune", "unet", f"data.root={args.data}", f"run.out={run}"]
     command += [f"run.time={round(args.minutes * 60)}s", f"run.seed={args.seed}", f"model.size={SIZE}"]
     command += [f"data.label_fraction={args.fraction}"] + ([f"data.manifest={args.manifest}"] if args.manifest else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 
@@ -15,9 +14,6 @@ def main() -> None:
         app()
     except UserError as error:
         fail(str(error), 1)
-    except BrokenPipeError:  # the reader of a pipe (head, say) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
     except (Interrupted, KeyboardInterrupt):
         fail("Stopped; the same command goes on from here.", 130)
     except MemoryError:

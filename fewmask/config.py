@@ -35,7 +35,7 @@ def parse_time(text: str) -> float | None:
 class Section(BaseModel):
     """A part of a recipe: unknown keys and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -65,7 +65,8 @@ class DataSection(Section):
     unlabelled: list[Path] = []
     label_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
-    test_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.15
+    test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     cache: Path | None = None
     licence: str | None = None
 
@@ -81,8 +82,14 @@ class ModelSection(Section):
     segmenter_settings: dict[str, Any] = {}
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class StageSection(Section):
-    """One training: its method and how it is optimised. `share` is its part of the time when `run.time` is set."""
+    """One training: its method and how it is optimised.
+
+    In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest.
+    """
 
     method: dict[str, Any]
     epochs: Annotated[int, Field(ge=0)] = 50
@@ -91,14 +98,14 @@ class StageSection(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
     clip: Annotated[float, Field(ge=0)] = 3.0
     encoder_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_epoch_steps: Annotated[int, Field(ge=1)] = 20
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @field_validator("method")
     @classmethod

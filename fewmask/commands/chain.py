@@ -10,12 +10,13 @@ from typing import Any
 from fewmask.commands.evaluate import evaluate_cases, sentence
 from fewmask.commands.export import export_run
 from fewmask.commands.prepare import Prepared, prepare
-from fewmask.commands.stages import configure_torch, finetune, pretrain
+from fewmask.commands.stages import configure_torch, finetune, pretrain, with_precision
 from fewmask.config import Recipe, load_recipe, parse_time
 from fewmask.deploy.latency import measure_latency
 from fewmask.engine.run import Run, interruptible, is_main, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.report.build import build_report
+from fewmask.types import UserError
 
 RESERVE_SECONDS = 30.0  # start, audit, cache, export and report
 SECONDS_PER_CASE = 0.1  # reading, predicting and measuring one image of the final evaluation
@@ -36,8 +37,14 @@ def run(
         given["data.manifest"] = manifest
     if unlabelled:
         given["data.unlabelled"] = [str(path) for path in unlabelled]
-    recipe = load_recipe(recipe_name, overrides, given=given)
+    overrides = list(overrides)
+    for text in overrides:
+        if (key := text.partition("=")[0]) in given:
+            raise UserError(f"'{text}' contradicts the command line, which already says {key}={given[key]}.")
+    recipe = with_precision(load_recipe(recipe_name, overrides, given=given))
     chain(recipe, out)
+    if not is_main():
+        return 0
     metrics = read_json(out / "metrics.json")
     if as_json:
         print(json.dumps({"run": str(out), "metrics": metrics}))
@@ -94,7 +101,7 @@ def deliver(folder: Run, data: Prepared) -> None:
             folder.check_stop()
     if not data.of_split("test"):
         Progress("evaluate").close("there are too few masks for a test split; the validation figures are optimistic")
-    if not (folder.folder / "model.onnx").exists():
+    if not (folder.folder / "export.json").exists():
         line = Progress("export")
         facts = export_run(folder.folder, folder.folder / "model.onnx")
         facts["latency"] = measure_latency(folder.folder / "model.onnx")

@@ -16,12 +16,13 @@ from rich.table import Table
 
 from fewmask.data.audit import Audit, Finding, audit
 from fewmask.data.audit import Progress as Counter
-from fewmask.data.manifest import load_cases
+from fewmask.data.manifest import load_cases, skipped_files, unlisted_pictures
 from fewmask.data.sources import SOURCES
 from fewmask.registry import choose
-from fewmask.types import UserError
+from fewmask.types import Case, UserError
 
 SHOWN = 20  # findings of a kind
+FILES_SHOWN = 4  # of a note
 _STYLES = {"errors": "bold red", "warnings": "yellow", "notes": "dim"}
 _SINGULAR = {"errors": "error", "warnings": "warning", "notes": "note"}
 
@@ -55,13 +56,31 @@ def check(
 
 
 def _audit(data: Path, manifest: str | None, unlabelled: Sequence[Path]) -> Audit:
-    """Return the audit; what keeps the cases from being listed at all is its one error."""
+    """Return the audit; what keeps the cases from being listed at all is all its errors, one for each line of it."""
     try:
         cases = load_cases(data, None if manifest is None else Path(manifest), unlabelled)
     except UserError as error:
-        return Audit(errors=[Finding("data", (), str(error))])
+        return Audit(errors=[Finding("data", (), line) for line in str(error).splitlines()])
     with _progress() as on_progress:
-        return audit(cases, on_progress=on_progress)
+        found = audit(cases, on_progress=on_progress)
+    found.notes += _left_out(data, cases)
+    return found
+
+
+def _left_out(data: Path, cases: Sequence[Case]) -> list[Finding]:
+    """Return notes on the files of the folder that are not part of the data set."""
+    notes = []
+    for code, files, text in (
+        ("not-listed", unlisted_pictures(data, cases), "among the images and masks not named by the manifest"),
+        ("not-pictures", skipped_files(data), "among the images and masks no picture"),
+    ):
+        if files:
+            shown = ", ".join(f"'{file.relative_to(data).as_posix()}'" for file in files[:FILES_SHOWN])
+            more = f" and {len(files) - FILES_SHOWN} more" if len(files) > FILES_SHOWN else ""
+            count = f"{len(files)} files are" if len(files) > 1 else "1 file is"
+            names = tuple(file.relative_to(data).as_posix() for file in files)
+            notes.append(Finding(code, names, f"{count} {text} ({shown}{more}): left out."))
+    return notes
 
 
 @contextmanager

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fewmask.data.contents import content_hashes
 from fewmask.data.manifest import load_cases
-from fewmask.deploy.run_files import THRESHOLD
+from fewmask.deploy.run_files import THRESHOLD, find_segmenter
 from fewmask.deploy.torch_predictor import TorchPredictor
 from fewmask.engine.run import read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.evaluate.pictures import save_pictures
 from fewmask.evaluate.score import compare, read_case_csv, score_cases, summarise, write_case_csv, write_metrics
 from fewmask.types import Case, UserError
+
+# What a run writes of the images of a split (contents.json).
+USE_OF = {"train": "labelled", "val": "validation", "test": "excluded-test"}
+CHOICES = (*USE_OF, "all")
 
 
 def evaluate(
@@ -27,11 +31,15 @@ def evaluate(
     as_json: bool = False,
 ) -> int:
     """Score the run on a split of a data folder; writes metrics.json, a CSV of cases and pictures into the run."""
+    if split not in CHOICES:
+        raise UserError(f"There is no split '{split}'; choose one of: {', '.join(CHOICES)}.")
+    find_segmenter(run)
     cases, key = _cases(run, data, manifest, split)
+    others = read_case_csv(against / f"cases_{key}.csv") if against is not None else None
     summary = evaluate_cases(run, cases, key)
-    if against is not None:
-        rows = compare(read_case_csv(run / f"cases_{key}.csv"), read_case_csv(against / f"cases_{key}.csv"))
-        summary = {**summary, "against": {"run": str(against), **rows}}
+    if others is not None:
+        found = compare(read_case_csv(run / f"cases_{key}.csv"), others)
+        summary = {**summary, "against": {"run": str(against), **found}}
         write_json(run / "compare.json", summary["against"])
     if as_json:
         print(json.dumps({key: summary}))
@@ -78,31 +86,31 @@ def _difference(row: dict[str, Any]) -> str:
 def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[list[Case], str]:
     """Return the cases to score and the key of the result.
 
-    On the run's own data the split is the one the run used. On other data it is the manifest's; a data set without
-    any split is scored whole, since nothing of it was trained on.
+    Images the run has used are known by their content, wherever they lie now. On the run's own data the split is the
+    one the run used. On other data it is the manifest's; a set without any split is scored whole, but for images the
+    run has learnt from, which are left out with a remark.
     """
-    cases = load_cases(data, Path(manifest) if manifest else None)
     facts = read_json(run / "run.json").get("data") or {}
+    own_root = Path(facts.get("root", "")).resolve() == data.resolve()
+    chosen_manifest = manifest or (facts.get("manifest") if own_root else None)
+    cases = load_cases(data, Path(chosen_manifest) if chosen_manifest else None)
     masked = [case for case in cases if case.mask is not None]
-    own = _splits_of(run)
-    if Path(facts.get("root", "")).resolve() == data.resolve() and own:
+    path, hashes = run / "contents.json", content_hashes(masked)
+    uses = read_json(path) if path.exists() else {}
+    use = {case.name: uses.get(hashes[case.image]) for case in masked}
+    if masked and all(use.values()):
         if split == "all":
             raise UserError("--split all would score images this run was trained on; choose test or val.")
-        chosen = [case.in_split("test") for case in masked if own.get(case.image.resolve()) == split]
-        key = split
-    else:
-        none_given = all(case.split is None for case in masked)
-        chosen = masked if none_given or split == "all" else [case for case in masked if case.split == split]
-        key = f"{data.resolve().name}-{'all' if none_given or split == 'all' else split}"
-    if not chosen:
+        return _chosen([case for case in masked if use[case.name] == USE_OF[split]], data, split), split
+    fresh = [case for case in masked if use[case.name] in (None, USE_OF["test"])]
+    if len(fresh) < len(masked):
+        Progress("evaluate").close(f"{len(masked) - len(fresh)} images were left out: the run has learnt from them")
+    whole = split == "all" or all(case.split is None for case in fresh)
+    chosen = fresh if whole else [case for case in fresh if case.split == split]
+    return _chosen(chosen, data, split), f"{data.resolve().name}-{'all' if whole else split}"
+
+
+def _chosen(cases: list[Case], data: Path, split: str) -> list[Case]:
+    if not cases:
         raise UserError(f"{data} has no image with a mask in the split '{split}'; choose another --split or manifest.")
-    return chosen, key
-
-
-def _splits_of(run: Path) -> dict[Path, str]:
-    """Return the split of each image the run knows, from its cases.csv; empty where there is none."""
-    path = run / "cases.csv"
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {Path(row["image"]).resolve(): row["split"] for row in csv.DictReader(file)}
+    return cases

@@ -20,8 +20,6 @@ from fewmask.registry import build, choose
 from fewmask.types import Case, UserError
 
 FINETUNE_RECIPE = "transunet"
-# So small a share that one image remains: all other labelled images are then looked through for copies of test images.
-NO_LABELS = 1e-6
 
 
 class NotTrainedError(UserError):
@@ -169,7 +167,7 @@ class Order:
         if name is None:
             return None
         method = {f"pretrain.method.{key}": value for key, value in self.rows[row].method.items()}
-        given = {"run.time": self.grid.pretrain_time, "data.label_fraction": NO_LABELS, **method}
+        given: dict[str, Any] = {"run.time": self.grid.pretrain_time, **method}
         given["data.unlabelled"] = [str(path) for path in self.unlabelled]
         return self._recipe("pretrain", name, seed % self.grid.pretrain_seeds, given)
 

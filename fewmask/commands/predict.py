@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,12 @@ COLUMNS = (
     "image", "mask", "height", "width", "area_px", "area_percent", "mean_probability_inside", "threshold",
 )  # fmt: skip
 _PLAIN_EVERY = 5.0
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+"""What stops one answer from being written stops the next one too."""
+
+
+class _CannotWriteError(UserError):
+    """Nothing can be written, so going on would only repeat the sentence for every image."""
 
 
 class Progress(Protocol):
@@ -36,7 +43,8 @@ def predict(model: Path, paths: list[str], out: Path, overlay: bool, threshold: 
 
     `paths` are files, folders (searched to the bottom) and glob patterns; a file below a folder keeps its sub-folder.
     `threshold` None takes the model's own. A file that cannot be read does not stop the others: it is named at the
-    end and the exit code is 1. Raises UserError where nothing is found or an answer would overwrite an input.
+    end and the exit code is 1. Raises UserError where nothing is found, an answer would overwrite an input, or nothing
+    can be written (at once: the images after it would fare no better).
     """
     from fewmask.deploy.files import find_images
     from fewmask.deploy.open_model import open_model
@@ -53,6 +61,8 @@ def predict(model: Path, paths: list[str], out: Path, overlay: bool, threshold: 
         for num_done, job in enumerate(found.jobs, start=1):
             try:
                 rows.append(_predict_one(predictor, job, out, overlay, limit))
+            except _CannotWriteError:
+                raise
             except UserError as error:
                 failures.append({"image": str(job.image), "error": str(error)})
             report(num_done)
@@ -69,9 +79,13 @@ def _predict_one(predictor: ImagePredictor, job: Job, out: Path, overlay: bool, 
     probability = predictor(image)
     mask = probability >= threshold
     target = out / f"{job.name}.png"
+    try:
+        drawn = overlay_jpeg(image, mask) if overlay else None
+    except UserError as error:
+        raise UserError(f"'{job.image}' has no overlay, so no mask was written either: {error}") from None
     _write(target, mask_png(mask))
-    if overlay:
-        _write(out / "overlays" / f"{job.name}.jpg", overlay_jpeg(image, mask))
+    if drawn is not None:
+        _write(out / "overlays" / f"{job.name}.jpg", drawn)
     return {"image": str(job.image), "mask": str(target), **describe_mask(probability, threshold)}
 
 
@@ -89,16 +103,26 @@ def _refuse_overwriting(jobs: tuple[Job, ...], paths: list[str], out: Path) -> N
 
 @contextmanager
 def _saved_areas(out: Path, rows: list[dict[str, Any]]) -> Iterator[None]:
-    """Write areas.csv at the end, also when the user interrupts: masks on disk always have their row."""
+    """Write areas.csv at the end, also when the user interrupts or the disk is full.
+
+    Only a mask whose image was being worked on at that moment, or whose overlay could not be written, lacks its row.
+    """
     try:
         yield
-    finally:
-        if rows:
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            _write(out / "areas.csv", text.getvalue().encode())
+    except BaseException:
+        with suppress(UserError):  # the first error is the one to tell
+            _write_areas(out, rows)
+        raise
+    _write_areas(out, rows)
+
+
+def _write_areas(out: Path, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _write(out / "areas.csv", text.getvalue().encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -108,7 +132,10 @@ def _write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}; choose another --out or free some space.") from None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kind = _CannotWriteError if error.errno in _HOPELESS else UserError
+        raise kind(f"Cannot write {path}: {error.strerror}; choose another --out or free some space.") from None
 
 
 def _summarise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 from fewmask.config import DataSection, Recipe
 from fewmask.data.audit import audit
 from fewmask.data.cache import CachedDataset, build_cache
-from fewmask.data.contents import default_cache_folder, fingerprint
+from fewmask.data.contents import content_hashes, default_cache_folder, fingerprint
 from fewmask.data.manifest import load_cases, write_cases
 from fewmask.data.splits import assign_splits, label_subset
 from fewmask.engine.run import Run, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
+
+PUBLIC_ID = re.compile(r"ISIC_\d{7}|IMD\d{3}")  # names that mean the same photo in every public set
 
 
 @dataclass
@@ -45,20 +48,24 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     if settings.root is None:
         raise UserError("No data were named; give the folder, for example data.root=my_images.")
     cases = load_cases(settings.root, Path(settings.manifest) if settings.manifest else None, settings.unlabelled)
-    run.check_data(_facts(cases, settings))
-    found = audited(run.folder / "audit.json", cases, run.info["data"]["fingerprint"])
+    facts = _facts(cases, settings)
+    run.compare_data(facts)
+    found = audited(run.folder / "audit.json", cases, facts["fingerprint"])
+    run.record_data(facts)  # only now: data that were found faulty are to be mended, and may then differ
     linked = [(a, b) for a, b, _ in found["duplicates"]]
     cases = assign_splits(
         cases,
-        seed=recipe.run.seed,
+        seed=settings.split_seed,  # not run.seed: several seeds are scored on the same images
         val_fraction=settings.val_fraction,
         test_fraction=settings.test_fraction,
         linked=linked,
     )
     trainable = [case for case in cases if case.split == "train" and case.mask is not None]
     chosen = {case.name for case in label_subset(trainable, settings.label_fraction, recipe.run.seed)}
-    uses = _uses(cases, chosen, linked)
+    copies = copies_of_test(cases, linked)
+    uses = _uses(cases, chosen, copies)
     write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])
+    _remember(run.folder, cases, uses)
     kept = [case for case in cases if case.split != "test"]
     dataset = cached(kept, recipe)
     index = {case.name: number for number, case in enumerate(kept)}
@@ -67,10 +74,11 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
         dataset=dataset,
         labelled=[index[name] for name in sorted(chosen)],
         validation=[index[c.name] for c in kept if c.split == "val" and c.mask is not None],
-        body=[index[c.name] for c in kept if uses[c.name] in ("labelled", "unlabelled")],
+        body=[index[c.name] for c in kept if uses[c.name] in ("labelled", "unlabelled") and c.name not in copies],
         excluded={
-            name: sum(use == f"excluded-{kind}" for use in uses.values())
-            for name, kind in (("test", "test"), ("near_duplicates", "duplicate"), ("same_group", "group"))
+            "test": sum(use == "excluded-test" for use in uses.values()),
+            "near_duplicates": len(copies),
+            "same_group": sum(use == "excluded-group" for use in uses.values()),
         },
     )
 
@@ -83,12 +91,13 @@ def audited(path: Path, cases: Sequence[Case], print_: str) -> dict[str, Any]:
     result = audit(cases, on_progress=line.count)
     found = {**json.loads(json.dumps(result.to_json())), "fingerprint": print_}
     line.close(f"{len(cases)} images, {len(result.errors)} errors, {len(result.warnings)} warnings")
-    write_json(path, found)
     if result.errors:
-        path.rename(path.with_name("audit-failed.json"))
+        write_json(path.with_name("audit-failed.json"), found)
         listed = "\n  ".join(finding.message for finding in result.errors[:20])
         more = f"\n  ... and {len(result.errors) - 20} more" if len(result.errors) > 20 else ""
         raise UserError(f"The data have {len(result.errors)} errors; mend them and run this again:\n  {listed}{more}")
+    write_json(path, found)
+    path.with_name("audit-failed.json").unlink(missing_ok=True)
     return found
 
 
@@ -103,7 +112,7 @@ def cached(cases: Sequence[Case], recipe: Recipe) -> CachedDataset:
 
 def _facts(cases: Sequence[Case], settings: DataSection) -> dict[str, Any]:
     return {
-        "root": str(settings.root),
+        "root": str(settings.root and settings.root.resolve()),
         "manifest": settings.manifest,
         "unlabelled": [str(path) for path in settings.unlabelled],
         "fingerprint": fingerprint(cases),
@@ -113,11 +122,22 @@ def _facts(cases: Sequence[Case], settings: DataSection) -> dict[str, Any]:
     }
 
 
-def _uses(cases: Sequence[Case], chosen: set[str], linked: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Say for each case what it may be used for: no copy of a test image, nor another of its patient, is trained on."""
-    test = {case.name for case in cases if case.split == "test"}
+def copies_of_test(cases: Sequence[Case], linked: Sequence[tuple[str, str]]) -> set[str]:
+    """Return the names of training and unlabelled cases that show a test image, by content or by public identifier."""
+    tests = [case for case in cases if case.split == "test"]
+    test, known = {case.name for case in tests}, {case.image.stem for case in tests if PUBLIC_ID.match(case.image.stem)}
+    found = {a for a, b in linked if b in test} | {b for a, b in linked if a in test}
+    found |= {case.name for case in cases if case.image.stem in known}
+    return {case.name for case in cases if case.name in found and case.split not in ("test", "val")}
+
+
+def _uses(cases: Sequence[Case], chosen: set[str], copies: set[str]) -> dict[str, str]:
+    """Say for each case what it may be used for: nothing of a test image's patient is learnt from.
+
+    A labelled training image keeps its mask in fine-tuning even if it is a copy: the split was given so, and `check`
+    warns of it. It takes no part in pre-training.
+    """
     patients = {case.group for case in cases if case.split == "test" and case.group}
-    copies = {a for a, b in linked if b in test} | {b for a, b in linked if a in test}
     uses = {}
     for case in cases:
         if case.split == "test":
@@ -131,3 +151,9 @@ def _uses(cases: Sequence[Case], chosen: set[str], linked: Sequence[tuple[str, s
         else:
             uses[case.name] = "excluded-group" if case.group in patients else "unlabelled"
     return uses
+
+
+def _remember(folder: Path, cases: Sequence[Case], uses: dict[str, str]) -> None:
+    """Write contents.json: what each image was used for, by its content, so that `evaluate` knows it anywhere."""
+    hashes = content_hashes(cases)
+    write_json(folder / "contents.json", {hashes[case.image]: uses[case.name] for case in cases})

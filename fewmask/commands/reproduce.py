@@ -14,7 +14,7 @@ from fewmask.data.contents import content_hashes, fingerprint
 from fewmask.data.manifest import load_cases
 from fewmask.engine.run import is_main, read_json, write_json
 from fewmask.engine.stage import Progress
-from fewmask.types import SPLITS, Case, UserError
+from fewmask.types import Case, UserError
 
 
 def reproduce(
@@ -54,14 +54,14 @@ def reproduce(
 def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
     """Return what the table must tell of the data, and the unseen cases to score.
 
-    Raises a UserError where the data are missing or do not say which images are for training, validation and test.
+    Raises a UserError where the data are missing or do not say which images are for validation and test.
     """
     cases = load_cases(order.data, Path(order.manifest) if order.manifest else None, order.unlabelled)
     masked = [case for case in cases if case.mask is not None]
-    if missing := [split for split in SPLITS if split not in {case.split for case in masked}]:
+    if missing := [split for split in ("val", "test") if split not in {case.split for case in masked}]:
         raise UserError(
-            f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored on "
-            "the same images, so fill the manifest's column 'split', or give another --manifest."
+            f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored "
+            "on the same images, so fill the manifest's column 'split', or give another --manifest."
         )
     labels = {case.label for case in cases if case.label is not None and case.split not in ("val", "test")}
     left_out = {
@@ -114,8 +114,8 @@ def remember(order: Order, scene: Scene) -> None:
     for key, value in plan.items():
         if old.get(key) is not None and value is not None and old[key] != value:
             raise UserError(
-                f"{order.out} holds a table with {key}={old[key]}, and you asked for {value}; use the same to resume it, "
-                "or another --out."
+                f"{order.out} holds a table with {key}={old[key]}, and you asked for {value}; use the same to resume "
+                "it, or another --out."
             )
     if is_main():
         order.out.mkdir(parents=True, exist_ok=True)

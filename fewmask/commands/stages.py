@@ -15,7 +15,7 @@ from fewmask.commands.prepare import Prepared
 from fewmask.config import Recipe, StageSection
 from fewmask.data.loader import Loader
 from fewmask.data.superpixels import Slic, superpixel_maps
-from fewmask.engine.fit import fit
+from fewmask.engine.fit import fit, resolve_precision
 from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
@@ -38,6 +38,11 @@ def configure_torch(recipe: Recipe) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
+def with_precision(recipe: Recipe) -> Recipe:
+    """Return the recipe with `run.precision=auto` settled, so that a resumed run cannot change it silently."""
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": resolve_precision(recipe.run)})})
+
+
 def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = None) -> Path:
     """Train the encoder on every image that is no test image nor a copy of one; return the path of its weights."""
     section, stage = recipe.stage("pretrain"), Stage(run, "pretrain", budget)
@@ -49,6 +54,8 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     seed_step(recipe.run.seed, 0, stream=1)
     objective = objective_for("pretrain", recipe, recipe.model.weights, len(data.dataset.label_names))
     body = [i for i in data.body if data.dataset.labels[i] >= 0] if objective.needs_labels else data.body
+    if not body:
+        raise UserError("No image to pre-train on has a class label; fill the manifest's column 'label'.")
     maps = {name: _superpixels(data, slic) for name, slic in objective.maps().items()}
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
     product, facts = fit(objective, loader, section, stage, recipe.run)
@@ -85,6 +92,8 @@ def _superpixels(data: Prepared, slic: Slic) -> np.ndarray:
 def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0) -> Objective:
     """Return a stage's objective, its network built as the recipe says and its encoder filled from `weights`."""
     model = recipe.model
+    _refuse("model.encoder_settings", model.encoder_settings, ("name", "weights", "size"))
+    _refuse("model.segmenter_settings", model.segmenter_settings, ("name", "encoder"))
     encoder = build_encoder(model.encoder, weights, size=model.size, **model.encoder_settings)
     offered: dict[str, Any] = {"encoder": encoder, "num_classes": num_classes, "size": model.size}
     if stage == "finetune":
@@ -95,6 +104,14 @@ def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0
     # Of what is offered, a method is given what its constructor asks for.
     given = {name: value for name, value in offered.items() if name in inspect.signature(factory).parameters}
     return build(factory, settings, f"{stage}.method", **given)
+
+
+def _refuse(section: str, settings: dict[str, Any], reserved: tuple[str, ...]) -> None:
+    for key in reserved:
+        if key in settings:
+            raise UserError(
+                f"Setting '{section}.{key}' is given elsewhere: use model.encoder, .weights, .segmenter, .size."
+            )
 
 
 def _finish(

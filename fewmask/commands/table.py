@@ -21,15 +21,20 @@ from fewmask.evaluate.statistics import METRICS, bootstrap_means, group_indices,
 SHOWN = ("dice", "iou", "dice_256", "iou_256", "hd95_256")
 NUM_BOOTSTRAP = 2000
 SETS = ("test", "unseen")
+COLUMNS = (
+    "row", "masks", "seeds", "Dice (95 %)", "Dice 256", "paper", "IoU (95 %)", "IoU 256", "paper", "HD95 256, px",
+    "paper", "missed",
+)  # fmt: skip
 BySeed = dict[int, list[Row]]
 
 STATEMENTS = (
-    "Figures are means over images and seeds, at the masks' own size but for those marked 256 (at 256x256 pixels). HD95 "
-    "counts a lesion without any predicted pixel as the image's diagonal.",
+    "Figures are means over images and seeds, at the masks' own size but for those marked 256 (at 256x256 pixels). "
+    "HD95 counts a lesion without any predicted pixel as the image's diagonal.",
     "Intervals hold 95 % of 2,000 bootstrap replicates in which the seeds and the patients (or lesions; images where "
     "neither is known) are drawn with replacement.",
-    "Differences are of Dice, image by image, averaged over the seeds that both rows have; their intervals are bootstrapped "
-    "over patients alone and p-values come from random changes of sign by patient, not corrected for their number.",
+    "Differences are of Dice, image by image, averaged over the seeds that both rows have; their intervals are "
+    "bootstrapped over patients alone, and p-values come from random changes of sign by patient, not corrected for "
+    "their number.",
     "The clock of a training starts after the data are decoded and the superpixels made, once for all runs.",
 )
 
@@ -61,7 +66,7 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         differences += [{"set": name, **found} for found in _differences(order.table, results)]
     trainings = _trainings(order, left_out)
     return {
-        "table": order.table, "title": paper.title, "budget": order.budget, "set_sizes": _set_sizes(rows),
+        "table": order.table, "title": paper.title, "budget": order.budget,
         "rows": rows, "differences": differences, "not_run": dict(left_out), "pretraining": trainings,
         "unseen": dict(scene.unseen), "excluded": trainings[0]["excluded"] if trainings else None,
         "duplicates": _duplicates(order, scene), "deviations": _all_deviations(order, scene, trainings, left_out),
@@ -154,10 +159,6 @@ def _duplicates(order: Order, scene: Scene) -> dict[str, int] | None:
     return {"pairs": len(pairs), "within_test": splits[frozenset({"test"})], "test_and_trained_on": across}
 
 
-def _set_sizes(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    return {row["set"]: row["num_cases"] for row in rows}
-
-
 def _all_deviations(
     order: Order, scene: Scene, trainings: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
 ) -> list[str]:
@@ -188,17 +189,17 @@ def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequen
         facts = scene.unseen
         yield (
             f"Unseen data: the paper has {paper.data.get('unseen', 'none')}, here {facts['num_cases']} of the "
-            f"{facts['num_masked']} images with a mask of {facts['name']}, {facts['num_trained_on']} left out as they are "
-            f"among the masked images trained on; {facts['num_in_body']} of those scored took part in the pre-training, "
-            "without their masks."
+            f"{facts['num_masked']} images with a mask of {facts['name']}, {facts['num_trained_on']} left out as they "
+            f"are among the data's own masked images; {facts['num_in_body']} of those scored took part in the "
+            "pre-training, without their masks."
         )
 
 
 def _seeds(order: Order, paper: Paper) -> Iterator[str]:
     again = ", whose chance is in no interval" if order.grid.pretrain_seeds == 1 else ""
     yield (
-        f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of fine-tuning a cell, which draw the masks anew, "
-        f"and {order.grid.pretrain_seeds} of pre-training a row{again}."
+        f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of fine-tuning a cell, which draw the masks "
+        f"anew, and {order.grid.pretrain_seeds} of pre-training a row{again}."
     )
 
 
@@ -221,10 +222,8 @@ def _rows_text(table: Mapping[str, Any], name: str) -> list[str]:
         return []
     title = "Test images" if name == "test" else f"Unseen data: {table['unseen'].get('name', 'unseen')}"
     lines = ["", f"## {title}" + (f" ({rows[0]['num_cases']})" if rows else ""), ""]
-    lines.append(
-        "| row | masks | seeds | Dice (95 %) | Dice 256 | paper | IoU (95 %) | IoU 256 | paper | HD95 256, px | paper | missed |"
-    )
-    lines.append("|" + "---|" * 12)
+    lines.append(f"| {' | '.join(COLUMNS)} |")
+    lines.append("|" + "---|" * len(COLUMNS))
     for row in rows:
         theirs = row["paper"] or {}
         cells_ = [

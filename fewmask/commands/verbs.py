@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fewmask.commands.prepare import prepare
-from fewmask.commands.stages import configure_torch, finetune, pretrain
+from fewmask.commands.stages import configure_torch, finetune, pretrain, with_precision
 from fewmask.config import load_recipe, parse_time
-from fewmask.engine.run import Run, interruptible
+from fewmask.engine.run import Run, interruptible, is_main
 
 
 def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
     """Run one stage of a recipe; `run.time` is the time of this stage's training."""
-    recipe = load_recipe(recipe_name, overrides, stage=name)
+    recipe = with_precision(load_recipe(recipe_name, overrides, stage=name))
     recipe.stage(name)
     out = recipe.run.out or Path("runs") / f"{Path(recipe_name).stem}-{name}"
     configure_torch(recipe)
@@ -24,5 +24,6 @@ def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
             path = pretrain(folder, recipe, data, budget)
         else:
             path = finetune(folder, recipe, data, recipe.model.weights, budget)
-    print(f"{name} is done: {path}")
+    if is_main():
+        print(f"{name} is done: {path}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fewmask.data.cache import num_cores
 from fewmask.data.contents import content_hashes
 from fewmask.data.hashing import near_duplicates
 from fewmask.data.inspection import Facts, inspect
@@ -25,7 +25,8 @@ MAX_ASPECT = 4.0  # images are squashed to a square for training
 FEW_MASKS = 20
 SHOWN = 4  # files a message names
 CLOSED_UP_TO = 200  # copies of one picture of which every two are listed as a pair
-_GUESSES = ("inverted", "alpha")  # what the reader did that deserves a look
+INVERTED_SHARE = 0.2  # of inverted masks, and three at least, from which on all are expected to be
+_GUESSES = ("inverted", "inverted?", "alpha")  # what the reader did that deserves a look
 _EXTENT = {"empty": "without any foreground", "full": "that are foreground all over"}
 
 
@@ -72,6 +73,7 @@ def audit(cases: Sequence[Case], workers: int | None = None, on_progress: Progre
     result.facts = {case.name: fact for case, fact in zip(cases, facts, strict=True) if fact.size is not None}
     _judge_files(result, cases, facts)
     _judge_masks(result, cases, facts)
+    _judge_inversion(result, cases, facts)
     _judge_groups(result, cases)
     _find_duplicates(result, [case for case, fact in zip(cases, facts, strict=True) if fact.size], workers)
     _judge_duplicates(result, cases)
@@ -98,7 +100,7 @@ def overlaps(result: Audit, names_a: Iterable[str], names_b: Iterable[str]) -> l
 
 def _inspect_all(cases: Sequence[Case], workers: int | None, on_progress: Progress | None) -> list[Facts]:
     facts = []
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or num_cores()) as pool:
         for number, fact in enumerate(pool.map(inspect, cases), 1):
             facts.append(fact)
             if on_progress is not None:
@@ -140,11 +142,34 @@ def _judge_masks(result: Audit, cases: Sequence[Case], facts: Sequence[Facts]) -
         else:
             where = result.warnings if code in _GUESSES else result.notes
             text = f"{{}} {'with ' if code.startswith('values') else ''}{code} ({{}}): {meanings[code]}."
-            _report(where, f"mask-{code.split()[0]}", those, text, "masks")
+            _report(where, f"mask-{code.split()[0].replace('?', '-perhaps')}", those, text, "masks")
+
+
+def _judge_inversion(result: Audit, cases: Sequence[Case], facts: Sequence[Facts]) -> None:
+    """Report masks that were left as they are among inverted ones, though most of them is foreground.
+
+    The reader turns a mask only where its border proves the inversion; in an inverted folder a foreground that touches
+    the edge or is tiny hides that proof, and some masks would be turned and some not.
+    """
+    codes = [{remark.partition(":")[0] for remark in fact.remarks} for fact in facts]
+    num_masks = sum(fact.mask_fraction is not None for fact in facts)
+    num_turned = sum("inverted" in those for those in codes)
+    if num_turned < max(3, INVERTED_SHARE * num_masks):
+        return
+    left = [
+        case
+        for case, fact, those in zip(cases, facts, codes, strict=True)
+        if "inverted" not in those and ("inverted?" in those or (fact.mask_fraction or 0) > 0.5)
+    ]
+    text = (
+        f"{{}} probably inverted too ({{}}): {num_turned} others are, but these touch the edge or show next to "
+        "nothing, so they were not turned round; invert the whole folder of masks."
+    )
+    _report(result.errors, "masks-inverted-in-part", left, text, "masks")
 
 
 def _judge_groups(result: Audit, cases: Sequence[Case]) -> None:
-    """Report patients or lesions in more than one split; unlabelled pictures of a group do not count."""
+    """Report patients or lesions in more than one split; pictures without a split do not count."""
     members: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         if case.split is not None:

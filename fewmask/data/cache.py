@@ -77,7 +77,7 @@ def build_cache(
     found = _open(entry, cases, side)
     if found is None:
         with _disk_errors(Path(folder), cases, side):
-            _build(entry, cases, side, workers or _num_cores(), on_progress)
+            _build(entry, cases, side, workers or num_cores(), on_progress)
         found = _open(entry, cases, side)
     if found is None:
         raise UserError(f"The cache '{entry}' vanished or was damaged while it was opened: run again.")
@@ -90,7 +90,8 @@ def _key(cases: Sequence[Case], side: int) -> str:
     return hashlib.blake2b(json.dumps([VERSION, side, rows]).encode(), digest_size=12).hexdigest()
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return how many cores this process may use, which a container or a scheduler may make fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -135,9 +136,18 @@ def _build(
                 on_progress(done, len(cases))
         meta = {"version": VERSION, "side": side, "num_images": len(cases), "names": [case.name for case in cases]}
         (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        for array in building.glob("*.npy"):
+            _flush(array)
+        building.chmod(0o755)  # a temporary folder is its maker's alone, a cache may be shared
         _publish(building, entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Force a file to the disk: after a crash its length would be right and its rows zero, which no check sees."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _publish(building: Path, entry: Path) -> None:

@@ -84,6 +84,11 @@ def _save_memo(found: dict[str, str]) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{_MEMO}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_load_memo() | found, file)
-        Path(temporary).replace(folder / _MEMO)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(_load_memo() | found, file)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(folder / _MEMO)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise

@@ -10,7 +10,6 @@ two of 128 do not.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+
+from fewmask.data.cache import num_cores
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -104,7 +105,7 @@ def _search(thumbnails: Bytes, log_aspects: Floats | None, workers: int | None) 
     proportions = None if log_aspects is None else log_aspects[kept]
     plain = hashes(thumbnails)
     found: set[tuple[int, int]] = set()
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or num_cores()) as pool:
         for number in range(8):
             close = partial(_close, plain, hashes(_turn(thumbnails, number)))
             pairs = np.concatenate(list(pool.map(close, range(0, len(kept), STRIPE))))

@@ -8,7 +8,7 @@ import itertools
 import os
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -16,11 +16,19 @@ from fewmask.data.contents import content_hashes, default_cache_folder, fingerpr
 from fewmask.data.reading import PICTURE_SUFFIXES, is_picture
 from fewmask.types import Case, Split, UserError
 
-__all__ = ["content_hashes", "default_cache_folder", "fingerprint", "load_cases", "skipped_files", "write_cases"]
+__all__ = [
+    "content_hashes", "default_cache_folder", "fingerprint", "load_cases", "skipped_files", "unlisted_pictures",
+    "write_cases",
+]  # fmt: skip
 
 COLUMNS = ("image", "mask", "split", "group", "label")
 MASK_ENDINGS = ("_segmentation", "_mask")
 """What a mask's name may have behind its image's name, in any case of letters."""
+
+MASK_FOLDERS = ("masks", "mask", "labels", "groundtruth")
+"""Folders, in any case of letters, whose pictures are masks; as are those of a folder that ends in _groundtruth."""
+
+FAULTS_SHOWN = 20
 
 _SPLIT_WORDS: dict[str, Split] = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
@@ -39,12 +47,13 @@ def load_cases(root: Path, manifest: Path | None = None, unlabelled: Sequence[Pa
     With a manifest (the one given, else `root/manifest.csv` where there is one) its rows are the data set; pictures it
     does not list are left out. Without a `mask` column, and without a manifest, images are paired with masks by stem:
     `masks/NAME.*`, `masks/NAME_segmentation.*` or `masks/NAME_mask.*`; an image without a mask is unlabelled. Folders
-    below `images/` are searched too, and become part of the name (`a/x.png` is `a__x`). `group` is the name where no
-    group is given.
+    below `images/` are searched too, links to folders followed, and become part of the name (`a/x.png` is `a__x`).
+    `group` is the name where no group is given.
 
     An unlabelled folder has the same layout, or is any folder of pictures; its masks and splits are not used, its
     groups and labels are. A name that is taken gets the folder's name in front; a picture already listed is left out.
-    Raises UserError, with the manifest's line where there is one, for all that could make an answer silently wrong.
+    Raises UserError, with the manifest's line where there is one, for all that could make an answer silently wrong;
+    of a manifest's faults the first FAULTS_SHOWN, a line each.
     """
     root = _folder(root)
     path = _manifest_path(root, manifest)
@@ -66,6 +75,13 @@ def skipped_files(root: Path) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in _PAPERS and not is_picture(file))
 
 
+def unlisted_pictures(root: Path, cases: Iterable[Case]) -> list[Path]:
+    """Return the pictures below `root/images` and `root/masks` that no case names, as a manifest may leave some out."""
+    listed = {os.path.realpath(file) for case in cases for file in (case.image, case.mask) if file is not None}
+    files = (file for folder in ("images", "masks") for file in _files(root / folder))
+    return [file for file in files if os.path.realpath(file) not in listed and is_picture(file)]
+
+
 def write_cases(path: Path, rows: Iterable[tuple[Case, str]]) -> None:
     """Write (case, use) rows as CSV with the columns image, mask, split, group, label, use; replaced in one step.
 
@@ -79,9 +95,14 @@ def write_cases(path: Path, rows: Iterable[tuple[Case, str]]) -> None:
         writer.writerow([case.image.as_posix(), mask, case.split or "", case.group, case.label or "", use])
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-        file.write(text.getvalue())
-    Path(temporary).replace(path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _folder(path: Path) -> Path:
@@ -92,11 +113,24 @@ def _folder(path: Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return all files below a folder, hidden ones and the clutter of operating systems left out."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = sorted(name for name in folders if not _is_clutter(name))
-        found += [Path(parent, name) for name in sorted(names) if not _is_clutter(name)]
+    """Return all files below a folder, hidden ones and the clutter of operating systems left out.
+
+    Links to folders are followed, after all real folders and each folder once, so that circles end and a file bears
+    the name of its real folder where that is searched too.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    starts = [folder]
+    for start in starts:
+        for parent, folders, names in os.walk(start, followlinks=False):
+            real = os.path.realpath(parent)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not _is_clutter(name))
+            starts += [Path(parent, name) for name in folders if Path(parent, name).is_symlink()]
+            found += [Path(parent, name) for name in sorted(names) if not _is_clutter(name)]
     return found
 
 
@@ -151,7 +185,7 @@ def _some(files: Sequence[Path], folder: Path, limit: int = 5) -> str:
 
 def _pair(root: Path, images: dict[str, Path]) -> list[Case]:
     """Return a case per image, with its mask where the masks folder has one."""
-    _refuse_masks_among_images(root, images)
+    _refuse_masks_among_images(root, root / "images", images)
     keys = {_key(name) for name in images}
     masks = _masks(root, keys)
     lonely = sorted(mask for key, mask in masks.items() if key not in keys)
@@ -178,10 +212,16 @@ def _masks(root: Path, keys: set[str]) -> dict[str, Path]:
     return found
 
 
-def _refuse_masks_among_images(root: Path, images: dict[str, Path]) -> None:
-    """Pre-training on masks would go unnoticed, so a picture named as another one's mask is not taken as an image."""
+def _refuse_masks_among_images(root: Path, folder: Path, images: dict[str, Path]) -> None:
+    """Pre-training on masks would go unnoticed, so what is named as a mask, or its folder is, is not an image."""
     keys = {_key(name) for name in images}
     for name, file in images.items():
+        for part in (part.casefold() for part in file.relative_to(folder).parts[:-1]):
+            if part in MASK_FOLDERS or part.endswith("_groundtruth"):
+                raise UserError(
+                    f"'{file}' lies in a folder named as one of masks but below the images of '{root}': put the images "
+                    f"into '{root / 'images'}' and the masks into '{root / 'masks'}'."
+                )
         for ending in (*MASK_ENDINGS, "_superpixels"):
             if _key(name).endswith(ending) and _key(name).removesuffix(ending) in keys:
                 raise UserError(
@@ -203,19 +243,39 @@ def _manifest_path(root: Path, manifest: Path | None) -> Path | None:
 def _read_manifest(root: Path, path: Path) -> list[Case]:
     rows, columns = _rows(path)
     cases: list[Case] = []
+    faults: list[str] = []
     lines: dict[str, int] = {}
     for line, row in rows:
-        case = _case(root, row, f"'{path}' line {line}")
-        first = lines.setdefault(_key(str(case.image)), line)
-        if first != line:
-            raise UserError(f"'{path}' line {line} lists '{row['image']}' again, after line {first}: remove one.")
+        where = f"'{path}' line {line}"
+        try:
+            case = _case(root, row, where)
+        except UserError as error:
+            faults.append(str(error))
+            continue
         cases.append(case)
+        faults += _repeats(case, row, line, lines, where)
+    _refuse(faults)
     named = _named(cases, root)
     if "mask" in columns:
         return named
     keys = [_key(_stem(root, case.image)) for case in named]
     masks = _masks(root, set(keys))
     return [replace(case, mask=masks.get(key)) for case, key in zip(named, keys, strict=True)]
+
+
+def _repeats(case: Case, row: dict[str, str], line: int, lines: dict[str, int], where: str) -> Iterator[str]:
+    """Yield a sentence for each file of a row that an earlier one has; `lines` remembers {file: line}."""
+    for column, file in (("image", case.image), ("mask", case.mask)):
+        if file is not None:
+            first = lines.setdefault(_key(str(file)), line)
+            if first != line:
+                yield f"{where} lists '{row[column]}' again, after line {first}: remove one."
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        more = [f"There are {len(faults) - FAULTS_SHOWN} more such lines."] if len(faults) > FAULTS_SHOWN else []
+        raise UserError("\n".join([*faults[:FAULTS_SHOWN], *more]))
 
 
 def _named(cases: list[Case], root: Path) -> list[Case]:
@@ -236,7 +296,7 @@ def _case(root: Path, row: dict[str, str], where: str) -> Case:
     word = row.get("split", "").lower()
     if word and word not in _SPLIT_WORDS:
         raise UserError(f"{where} has split '{row['split']}': write train, val or test, or leave it empty.")
-    image = _inside(root, row["image"], f"{where}, column image,")
+    image = _inside(root, row.get("image", ""), f"{where}, column image,")
     mask = _inside(root, row["mask"], f"{where}, column mask,") if row.get("mask") else None
     if mask == image:
         raise UserError(f"{where} names '{row['image']}' as image and mask: name the mask, or leave it empty.")
@@ -322,7 +382,7 @@ def _unlabelled(folder: Path) -> list[Case]:
     else:
         pictures = folder / "images" if (folder / "images").is_dir() else folder
         images = _listing(pictures)
-        _refuse_masks_among_images(folder, images)
+        _refuse_masks_among_images(folder, pictures, images)
         cases = [Case(name, image, group=name) for name, image in images.items()]
     if not cases:
         raise UserError(f"Unlabelled folder '{folder}' holds no images: put some in, or do not name it.")

@@ -31,6 +31,9 @@ _DECODE_ERRORS = (
     EOFError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
+_DEPTHS = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+"""White in 8, 10, 12, 14 and 16 bits: what sensors write into 16-bit files."""
+
 _NEAR = 32
 """A grey value of a mask this close to black or white counts as it (our choice: JPEG noise stays within)."""
 
@@ -39,7 +42,8 @@ _NEAR = 32
 class MaskReading:
     """A mask, bool (h, w), and what had to be done to the file to get it.
 
-    A remark starts with a stable code: "values 0/V", "inverted", "thresholded", "alpha", "empty", "full".
+    A remark starts with a stable code: "values 0/V", "inverted", "inverted?" (only suspected, left as it is),
+    "thresholded", "alpha", "empty", "full".
     """
 
     mask: np.ndarray
@@ -50,11 +54,12 @@ def read_image(path: Path) -> np.ndarray:
     """Return the image as uint8 RGB (h, w, 3), upright as its EXIF orientation says.
 
     Grey is repeated; CMYK and palettes are converted; transparency is laid over white; ICC profiles are not applied.
-    Integers deeper than 8 bits are divided by the least of 255, 4095 and 65535 that holds the image's maximum, so 8-
-    and 12-bit data in a 16-bit file keep their contrast; floats within [0, 1] are taken as such; other floats, signed
-    and wider integers are stretched from minimum to maximum (our choices). DICOM is windowed (see `read_dicom`).
-    Raises UserError for what is missing, empty, no image, damaged, animated or multi-page, holds NaN, or has more than
-    MAX_PIXELS (told from the header, before anything is decoded). A phone's multi-picture JPEG (MPO) gives its first.
+    Integers deeper than 8 bits are divided by the least of 255, 1023, 4095, 16383 and 65535 that holds the image's
+    maximum, so 8- to 14-bit data in a 16-bit file keep their contrast; floats within [0, 1] are taken as such; other
+    floats, signed and wider integers are stretched from minimum to maximum (our choices). DICOM is windowed (see
+    `read_dicom`). Raises UserError for what is missing, empty, no image, damaged, animated or multi-page, holds NaN, is
+    a 16-bit colour PNG that uses 14 bits or fewer (its lower byte cannot be had), or has more than MAX_PIXELS (told
+    from the header, before anything is decoded). A phone's multi-picture JPEG (MPO) gives its first.
     """
     path = Path(path)
     if _is_dicom(path, _head(path)):
@@ -65,7 +70,7 @@ def read_image(path: Path) -> np.ndarray:
             return _read_deep_colour(path, picture)
         ImageOps.exif_transpose(picture, in_place=True)
         if picture.mode.startswith(("I", "F")):
-            return np.repeat(_to_eight_bits(path, np.asarray(picture))[..., None], 3, axis=2)
+            return np.repeat(_to_eight_bits(path, _deep_grey(picture))[..., None], 3, axis=2)
         return np.array(_flatten(picture))
 
 
@@ -73,7 +78,8 @@ def read_mask(path: Path) -> MaskReading:
     """Return a file's foreground as bool (h, w), upright, with remarks on what was done to it.
 
     Two values {0, v} are background and foreground, whatever v is; a single value is an empty or a full mask. A mask
-    whose whole border is foreground around a background of at least 1 % of its area is taken as inverted. Grey ramps
+    whose whole border is foreground around a background of at least 1 % of its area is taken as inverted; with less
+    background that is only remarked on. Grey ramps
     from antialiasing and JPEG are cut at half when nine pixels in ten lie within 32 of black or white and the others
     along the edge (our choices). Where all colours are equal, transparency is the mask; else it is background. Raises
     UserError for colours, several grey levels (classes) and what `read_image` refuses.
@@ -176,6 +182,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 _check_header(path, picture)
                 yield picture
         except UnidentifiedImageError:
+            if _is_tiff(path):
+                raise UserError(
+                    f"'{path}' is a TIFF whose header is damaged or whose pixels are of a kind that is not read "
+                    "(64-bit numbers, floats in colour); save it with 8 or 16 bits a channel."
+                ) from None
             raise UserError(
                 f"'{path}' is not an image this program can read, or its header is damaged; "
                 "save it as PNG or JPEG, or remove it."
@@ -187,6 +198,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         except _DECODE_ERRORS as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"'{path}' is damaged or cut short ({reason}); copy or download it again.") from None
+
+
+def _is_tiff(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def _check_header(path: Path, picture: Image.Image) -> None:
@@ -220,6 +236,13 @@ def _flatten(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
+def _deep_grey(picture: Image.Image) -> np.ndarray:
+    """Return the numbers of a deep grey picture; Pillow turns white-is-zero round in 8 bits but not in 16."""
+    values = np.asarray(picture)
+    white_is_zero = picture.format == "TIFF" and picture.tag_v2.get(262) == 0  # type: ignore[attr-defined]
+    return 65535 - values if white_is_zero and values.dtype.kind == "u" and values.dtype.itemsize == 2 else values
+
+
 def _to_eight_bits(path: Path, values: np.ndarray) -> np.ndarray:
     """Return uint8 of the same shape, scaled by the rule `read_image` states."""
     if not np.isfinite(values).all():
@@ -229,7 +252,7 @@ def _to_eight_bits(path: Path, values: np.ndarray) -> np.ndarray:
     if not integer and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     elif integer and low >= 0 and high <= 65535:
-        low, high = 0.0, next(top for top in (255.0, 4095.0, 65535.0) if high <= top)
+        low, high = 0.0, next(top for top in _DEPTHS if high <= top)
     if high == low:
         return np.zeros(values.shape, np.uint8)
     return np.rint((values.astype(np.float64) - low) * (255 / (high - low))).astype(np.uint8)
@@ -252,9 +275,9 @@ def _read_deep_colour(path: Path, picture: Image.Image) -> np.ndarray:
     ImageOps.exif_transpose(picture, in_place=True)
     pixels = np.asarray(picture)
     colour = pixels[..., : {"RGB": 3, "RGBA": 3, "LA": 1}[picture.mode]]
-    # Pillow kept the upper byte, which is division by 257 to within one level; only data below 4096 need the lower.
-    if colour.max() < 4096 // 256:
-        raise UserError(f"'{path}' is 16-bit colour with values in the lowest 12 bits only; save it as 8-bit PNG.")
+    # Pillow kept the upper byte, which is division by 257 to within one level; only data below 2 ** 14 need the lower.
+    if colour.max() < 2**14 // 256:
+        raise UserError(f"'{path}' is 16-bit colour with values in the lowest 14 bits only; save it as 8-bit PNG.")
     return np.array(_flatten(picture))
 
 
@@ -275,15 +298,22 @@ def _read_deep_tiff(path: Path) -> np.ndarray:
         layers = np.repeat(layers, 3, axis=2)
     picture = Image.fromarray(layers)
     if values.shape[2] != num_colours:
-        picture.putalpha(Image.fromarray(_to_eight_bits(path, values[..., -1])))
+        picture.putalpha(Image.fromarray(_deep_alpha(path, values[..., -1])))
     picture.getexif()[0x0112] = orientation
     return np.array(_flatten(ImageOps.exif_transpose(picture)))
+
+
+def _deep_alpha(path: Path, alpha: np.ndarray) -> np.ndarray:
+    """Return opacity as uint8; opaque is the type's own maximum, whatever depth the colours use."""
+    if alpha.dtype.kind != "u":
+        return _to_eight_bits(path, alpha)
+    return (alpha >> (8 * (alpha.dtype.itemsize - 1))).astype(np.uint8)
 
 
 def _mask_grey(path: Path, picture: Image.Image) -> tuple[np.ndarray, list[str]]:
     """Return one number a pixel, 0 being background, and remarks; refuse colours."""
     if picture.mode.startswith(("I", "F")):
-        return np.asarray(picture), []
+        return _deep_grey(picture), []
     if picture.has_transparency_data:
         return _alpha_grey(path, np.asarray(picture.convert("RGBA")))
     if picture.mode in ("L", "LA"):
@@ -353,10 +383,12 @@ def _is_ramp(levels: np.ndarray, mask: np.ndarray, tolerance: int) -> bool:
 
 
 def _with_orientation(mask: np.ndarray, remarks: list[str]) -> MaskReading:
-    """Turn an inverted mask round, and remark on empty and full ones."""
+    """Turn an inverted mask round, and remark on those that may be, on empty and on full ones."""
     border = mask[0].all() and mask[-1].all() and mask[:, 0].all() and mask[:, -1].all()
     if border and 1 - mask.mean() >= 0.01:
         mask, remarks = ~mask, [*remarks, "inverted: its border is foreground all round; it was turned round"]
+    elif border and not mask.all():
+        remarks = [*remarks, "inverted?: all is foreground but for a speck inside; invert the file if that is wrong"]
     if not mask.any():
         remarks = [*remarks, "empty: no pixel is foreground"]
     elif mask.all():

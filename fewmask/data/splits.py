@@ -147,6 +147,12 @@ def _draw(blocks: list[_Block], shares: dict[Split, float], seed: int) -> dict[s
     (greedy, in the manner of Sechidis et al. 2011, iterative stratification).
     """
     if len(blocks) < 2:
+        num_masks = sum(block.size for block in blocks)
+        if num_masks > 1:
+            raise UserError(
+                f"All {num_masks} masks to draw splits from count as one: they are of one patient, or of near-copies "
+                "of one picture (audit.json lists them); draw at least two that are independent."
+            )
         held = "mask" if len(blocks) == 1 else "masks"
         raise UserError(
             f"There are {len(blocks)} {held} of separate patients to train on and validate with: draw at least two."

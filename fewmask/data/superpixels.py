@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fewmask.data.cache import CachedDataset
+from fewmask.data.cache import CachedDataset, num_cores
 from fewmask.types import UserError
 
 # torch is not imported here: each worker process imports this module, and would pay seconds for it.
@@ -102,7 +102,7 @@ def superpixel_maps(
     maps = _open(path, shape)
     if maps is None:
         with _disk_errors(path.parent, shape):
-            _build(path, Path(source), shape, slic, workers or _num_cores(), on_progress)
+            _build(path, Path(source), shape, slic, workers or num_cores(), on_progress)
         maps = _open(path, shape)
     if maps is None:
         raise UserError(f"The superpixels '{path}' vanished or were damaged while they were opened: run again.")
@@ -170,10 +170,6 @@ def _chunks(images: Path, num_images: int, slic: Slic, workers: int) -> Iterator
 def _segment(images: Path, start: int, slic: Slic) -> np.ndarray:
     rows = np.load(images, mmap_mode="r", allow_pickle=False)[start : start + _CHUNK]
     return np.stack([slic(image) for image in rows])
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_interrupt() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewmask.data.cache import num_cores
 from fewmask.data.sources.layout import write_manifest, write_mask
 from fewmask.data.synthetic_lesion import random_lesion
 from fewmask.data.synthetic_scene import picture, random_skin
@@ -79,7 +80,7 @@ def make_dataset(
     if _is_complete(out, stamp, shots):
         return out
     _claim(out, stamp)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or num_cores()) as pool:
         labels = list(pool.map(partial(_write, out, size, seed), shots))
     write_manifest(out / "manifest.csv", (_row(shot, label) for shot, label in zip(shots, labels, strict=True)))
     return out

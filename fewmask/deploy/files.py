@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,14 +103,14 @@ def _unique(named: list[tuple[Path, str]]) -> tuple[Job, ...]:
     seen: set[Path] = set()
     taken: set[str] = set()
     jobs = []
-    stems = [name.casefold() for _, name in dict.fromkeys(named)]
+    stems = Counter(name.casefold() for _, name in dict.fromkeys(named))
     for path, name in named:
         # Not resolved: a link is an image of its own, whatever it points to.
         absolute = path.absolute()
         if absolute in seen:
             continue
         seen.add(absolute)
-        wanted = name if stems.count(name.casefold()) == 1 else f"{name}_{path.suffix[1:].lower()}"
+        wanted = name if stems[name.casefold()] == 1 else f"{name}_{path.suffix[1:].lower()}"
         unique, number = wanted, 2
         while unique.casefold() in taken:
             unique, number = f"{wanted}-{number}", number + 1

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fewmask.types import UserError
+
 COLOUR = (0, 220, 190)
 TINT = 0.22
 
@@ -19,12 +21,19 @@ def mask_png(mask: NDArray[np.bool_]) -> bytes:
 
 
 def overlay_jpeg(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:
-    """Return a JPEG of the RGB image (h, w, 3) with the mask's contour drawn and its inside softly tinted."""
+    """Return a JPEG of the RGB image (h, w, 3) with the mask's contour drawn and its inside softly tinted.
+
+    Raises UserError where a side is longer than a JPEG can hold (65,500 pixels).
+    """
     drawn = image.copy()
     colour = np.array(COLOUR, np.float32)
     drawn[mask] = (image[mask] * (1 - TINT) + colour * TINT).astype(np.uint8)
     drawn[contour(mask, max(1, round(min(mask.shape) / 250)))] = COLOUR
-    return _encode(Image.fromarray(drawn), "JPEG", quality=90)
+    try:
+        return _encode(Image.fromarray(drawn), "JPEG", quality=90)
+    except (OSError, ValueError):
+        height, width = mask.shape
+        raise UserError(f"{width} x {height} pixels do not fit into a JPEG; leave the overlay out.") from None
 
 
 def contour(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

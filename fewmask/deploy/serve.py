@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from fewmask.data.reading import read_image
+from fewmask.data.reading import PICTURE_SUFFIXES, read_image
 from fewmask.deploy.pictures import describe_mask, mask_png, overlay_jpeg
 from fewmask.deploy.predictor import ImagePredictor
 from fewmask.types import UserError
@@ -53,8 +54,16 @@ def create_app(predictor: ImagePredictor, host: str = "127.0.0.1", max_upload: i
 
     _add_limits(app, max_upload)
     _add_error_handlers(app)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK if host in _LOOPBACK else ["*"])
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=_allowed_hosts(host))
     return app
+
+
+def _allowed_hosts(host: str) -> list[str]:
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    return [*_LOOPBACK, host] if loopback else ["*"]
 
 
 def _page() -> str:
@@ -81,7 +90,8 @@ def _read_upload(upload: UploadFile) -> Any:
     """Read an uploaded file as any other image file; errors name the upload, not where it lay meanwhile."""
     name = _name(upload)
     with tempfile.TemporaryDirectory(prefix="fewmask-") as folder:
-        path = Path(folder) / f"upload{Path(name).suffix.lower()[:16]}"
+        suffix = Path(name).suffix.lower()
+        path = Path(folder) / f"upload{suffix if suffix in PICTURE_SUFFIXES else ''}"
         path.write_bytes(upload.file.read())
         try:
             return read_image(path)

@@ -88,7 +88,7 @@ def restore_newest(folder: Path, model: nn.Module, optimiser: Optimizer) -> tupl
     Returns its header (None where there is none) and a sentence for each file that had to be passed over. Raises a
     UserError when checkpoints exist and none of them can be read, so that finished work is never redone silently.
     """
-    remarks = []
+    remarks: list[str] = []
     found = checkpoints(folder)
     for path in found:
         try:
@@ -99,6 +99,8 @@ def restore_newest(folder: Path, model: nn.Module, optimiser: Optimizer) -> tupl
         except (ValueError, RuntimeError) as error:
             remarks.append(f"{path.name} is damaged and was passed over ({str(error).splitlines()[0]}).")
             continue
+        for damaged in found[: found.index(path)]:  # they are newest by name and would push out sound ones
+            damaged.replace(damaged.with_suffix(".damaged"))
         return header, remarks
     if found:
         raise UserError(f"No checkpoint in {folder} can be read; delete that folder to train this stage anew.")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -81,9 +82,12 @@ def accelerator_for(settings: RunSection) -> Accelerator:
         raise UserError("run.device=cuda was asked for, and torch sees no CUDA device; use run.device=cpu.")
     if settings.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("run.device=mps was asked for, and torch sees no Apple GPU; use run.device=cpu.")
+    precision = resolve_precision(settings)
+    if precision == "fp16" and (settings.device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("run.precision=fp16 needs a CUDA device; use bf16, fp32 or auto.")
     return Accelerator(
         cpu=settings.device == "cpu",
-        mixed_precision={"fp32": "no"}.get(precision := resolve_precision(settings), precision),
+        mixed_precision="no" if precision == "fp32" else precision,
     )
 
 
@@ -135,8 +139,8 @@ class Fit:
 
         Clocks and signals differ between processes, the schedule and the last step may not: all take the furthest.
         """
-        by_steps = self.state.step / self.total_steps
-        by_time = self.stage.elapsed / self.stage.budget if self.stage.budget else 0.0
+        by_steps = self.state.step / self.total_steps if self.total_steps else 1.0
+        by_time = self.stage.elapsed / self.stage.budget if self.stage.budget is not None else 0.0
         furthest, self.stopping = max(by_steps, by_time), self.stage.run.stop_requested
         if self.accelerator.num_processes > 1:
             own = torch.tensor([[furthest, float(self.stopping)]], device=self.accelerator.device)
@@ -178,17 +182,23 @@ class Fit:
             if not torch.isfinite(loss):
                 raise UserError(
                     f"The loss became {float(loss)} at step {step} with the images {', '.join(names)}; look at them, "
-                    f"or lower {self.stage.name}.lr. The last checkpoint in {self.stage.folder} is sound."
+                    f"or lower {self.stage.name}.lr and use another --out. The last checkpoint in {self.stage.folder} "
+                    "is sound."
                 )
 
     def save(self) -> None:
         """Write a checkpoint."""
         self.check_finite(everything=True)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.objective.parameters()):
+            raise UserError(
+                f"The weights became infinite before step {self.state.step}; lower {self.stage.name}.lr and use "
+                f"another --out. The last checkpoint in {self.stage.folder} is sound."
+            )
         self.state.seconds = began = self.stage.elapsed
         if is_main():
             folder = self.stage.folder / "checkpoints"
-            if self.best and not (path := self.best_path(self.state.best_step)).exists():
-                write_tensors(path, self.best, {"step": str(self.state.best_step)})
+            if self.best and self.state.best_step != self.saved_best:
+                write_tensors(self.best_path(self.state.best_step), self.best, {"step": str(self.state.best_step)})
             save_checkpoint(
                 folder, self.state.step, self.objective, self.raw_optimiser,
                 {**asdict(self.state), "budget": self.stage.budget, "config": self.stage.run.config,
@@ -197,6 +207,7 @@ class Fit:
             wanted = {self.best_path(self.state.best_step), self.best_path(self.saved_best)}
             for path in set(folder.glob("best_*.safetensors")) - wanted:
                 path.unlink(missing_ok=True)
+            self.stage.run.note_time()
         self.saved_best = self.state.best_step
         self.stage.log("checkpoint", step=self.state.step, seconds=self.stage.elapsed - began)
 
@@ -211,8 +222,22 @@ class Fit:
         saved = header["state"]
         self.state = State(**{name: saved[name] for name in asdict(self.state)})
         self.saved_best = self.state.best_step
-        self.stage.seconds_before, self.stage.budget = self.state.seconds, saved["budget"]
+        self.stage.seconds_before = self.state.seconds
+        if saved["config"].get("run", {}).get("time") == self.run.time:
+            self.stage.budget = saved["budget"]
+        elif self.stage.budget is not None:  # another run.time was asked for: it is counted from now on
+            self.stage.budget += self.state.seconds
+        self._restore_best()
         self.stage.log("resume", step=self.state.step, seconds=self.state.seconds)
+
+    def _restore_best(self) -> None:
+        if self.state.best_step < 0:
+            return
+        try:
+            self.best = load_file(self.best_path(self.state.best_step))
+        except (OSError, SafetensorError):
+            self.stage.log("remark", text="the best weights so far are damaged; the best from here on will be kept")
+            self.state.best_score, self.state.best_step, self.saved_best = -math.inf, -1, -1
 
     def validate(self, validate: Validate, progress: float) -> dict[str, float]:
         """Score the product, and keep it when it is the best so far."""
@@ -232,7 +257,7 @@ class Fit:
         """Return the product: the best one where there was a validation, the last one otherwise."""
         product = self.objective.product()
         if self.state.best_step >= 0:
-            product.load_state_dict(self.best or load_file(self.best_path(self.state.best_step)))
+            product.load_state_dict(self.best)
         return product
 
 
@@ -254,7 +279,11 @@ def fit(
     (stage.folder / "checkpoints").mkdir(exist_ok=True)
     with stage.logging(run.tensorboard):
         loop.restore()
-        _train(loop, validate)
+        stage.run.deferring = True
+        try:
+            _train(loop, validate)
+        finally:
+            stage.run.deferring = False
         if not loop.state.finished:
             loop.state.finished = True
             loop.save()
@@ -301,7 +330,8 @@ def _train(loop: Fit, validate: Validate | None) -> None:
             lr = learning_rate(progress, loop.settings)
             stage.log("step", step=state.step, epoch=state.step / steps, progress=state.progress, lr=lr, **read)
             text = f"epoch {state.step / steps:.1f}, loss {read['loss']:.4f}{last_score}"
-            line.update(state.progress, f"{text}, {read['images_per_s']:.0f} images/s")
+            rates = f"{read['images_per_s']:.0f} images/s, {read['data_wait']:.0%} waiting for data"
+            line.update(state.progress, f"{text}, {rates}")
         if loop.stopping or time.monotonic() - last_save > loop.settings.checkpoint_seconds:
             loop.save()
             last_save = time.monotonic()

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fewmask.config import StageSection
+from fewmask.types import UserError
 
 
 def learning_rate(progress: float, settings: StageSection) -> float:
@@ -34,6 +35,8 @@ def build_optimiser(model: nn.Module, settings: StageSection) -> Optimizer:
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     depth = _encoder_depth(model)
+    if settings.layer_decay != 1.0 and not depth:
+        raise UserError("layer_decay needs an encoder made of blocks, such as a ViT; leave it out or set it to 1.0.")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -26,9 +26,7 @@ from fewmask.types import Interrupted, UserError
 
 PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
 # Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
-_FREE = frozenset(
-    {"time", "threads", "checkpoint_seconds", "tensorboard", "out", "root", "unlabelled", "cache", "licence"}
-)
+_FREE = frozenset({"time", "checkpoint_seconds", "tensorboard", "out", "root", "unlabelled", "cache", "licence"})
 
 
 def seed_step(seed: int, step: int, stream: int = 0) -> None:
@@ -61,7 +59,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); delete the run folder and start again.") from None
+        raise UserError(f"{path} cannot be read ({error}); put back a copy, or use another --out.") from None
 
 
 def versions() -> dict[str, str]:
@@ -75,7 +73,9 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return the commit of the source tree fewmask runs from, None where it is installed without one."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():  # a site-packages folder may lie within somebody else's repository
+        return None
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip() or None  # noqa: S603
@@ -86,15 +86,17 @@ def git_commit() -> str | None:
 class Run:
     """One run folder, held by one process at a time.
 
-    Entering it creates `run.json`, or checks that the folder holds the same run: other settings or changed data raise
-    a UserError that says what differs. SIGTERM and Ctrl-C set `stop_requested`; the training loop then saves and
-    raises `Interrupted`. A second signal ends the process at once.
+    Entering it creates `run.json`, or checks that the folder holds the same run: once something was learnt, other
+    settings or changed data raise a UserError that says what differs. While `deferring`, SIGTERM and Ctrl-C set
+    `stop_requested`, and the training loop saves and raises `Interrupted`; at other times, or the second time, they
+    end the work at once.
     """
 
     def __init__(self, folder: Path, verb: str, config: dict[str, Any], budget: float | None = None) -> None:
         self.folder, self.verb, self.config, self.budget = folder, verb, config, budget
         self.seed: int = config.get("run", {}).get("seed", 0)
         self.stop_requested = False
+        self.deferring = False  # True while a loop of ours asks for stop requests itself
         self.started = time.monotonic()
         self._previous: dict[int, Any] = {}
         self._lock: int | None = None
@@ -139,15 +141,23 @@ class Run:
         if is_main():
             write_json(self.folder / "run.json", self.info)
 
-    def check_data(self, facts: dict[str, Any]) -> None:
-        """Record the data's fingerprint, or raise a UserError when it is not the one this run began with."""
+    def compare_data(self, facts: dict[str, Any]) -> None:
+        """Raise a UserError when the data are not those this run began with."""
         old = self.info.get("data")
         if old and old["fingerprint"] != facts["fingerprint"]:
             raise UserError(
                 f"The data changed since {self.folder} was started ({old['num_cases']} cases then, "
                 f"{facts['num_cases']} now, or other contents); use another --out, or put the data back to resume."
             )
+
+    def record_data(self, facts: dict[str, Any]) -> None:
+        """Write down the data's fingerprint: from here on they may not change."""
         self.info["data"] = facts
+        self.save()
+
+    def note_time(self) -> None:
+        """Write down the time spent so far, for a resume after a kill."""
+        self.info["seconds"] = round(self.spent + self.elapsed, 1)
         self.save()
 
     def check_stop(self) -> None:
@@ -172,7 +182,8 @@ class Run:
         return read_json(path) if path.exists() else {}
 
     def _check_same(self) -> None:
-        old = self._old()
+        learnt = [*self.folder.glob("*/checkpoints/step_*"), *self.folder.glob("*/stage.json")]
+        old = self._old() if learnt else {}  # before anything was learnt, a mistyped setting may be mended
         for name in self.config if old else ():
             then, now = _flat(old.get("config", {}).get(name)), _flat(self.config[name])
             changed = [k for k in sorted({*then, *now}) if k.split(".")[-1] not in _FREE and then.get(k) != now.get(k)]
@@ -203,9 +214,12 @@ class Run:
             self._lock = None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
+        if self.stop_requested or not self.deferring:
+            self.stop_requested = True
             raise KeyboardInterrupt
         self.stop_requested = True
+        if is_main():
+            print("\nstopping: saving a checkpoint first", file=sys.stderr, flush=True)
 
 
 def is_main() -> bool:

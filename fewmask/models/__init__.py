@@ -65,14 +65,14 @@ def build_encoder(name: str, weights: str = "none", size: int = 256, **settings:
     `weights` is "none", "imagenet", "packaged" or the path of a fewmask run folder or model file (see
     `fewmask.models.weights`); `settings` are the constructor's. Raises UserError for whatever does not fit.
     """
-    encoder = build(encoder_factory(name), settings, "encoder", name=name, size=size)
+    encoder = build(encoder_factory(name), settings, "model.encoder_settings", name=name, size=size)
     load_weights(encoder, weights)
     return encoder
 
 
 def build_segmenter(name: str, encoder: Encoder, **settings: Any) -> Segmenter:
     """Build a segmenter on an encoder, which it shares: training the one trains the other."""
-    return build(choose(SEGMENTERS, name, "segmenter"), settings, "segmenter", encoder=encoder)
+    return build(choose(SEGMENTERS, name, "segmenter"), settings, "model.segmenter_settings", encoder=encoder)
 
 
 def save_model(path: Path | str, model: Encoder | Segmenter, extra: dict[str, Any] | None = None) -> None:

@@ -37,12 +37,12 @@ class Transunet(Segmenter):
         if not isinstance(encoder, Vit):
             raise UserError(
                 f"The segmenter 'transunet' needs a ViT encoder, but '{encoder.name}' is a {encoder.kind}: "
-                "choose segmenter.name='unet' or an encoder such as vit_small_patch16."
+                "choose model.segmenter='unet' or an encoder such as vit_small_patch16."
             )
         check_widths(decoder_channels, 4)
         check_widths(stem_channels, 2, "stem_channels")
         if logit_stride not in (1, 2):
-            raise UserError(f"Setting 'segmenter.logit_stride' is 1 or 2 and cannot be {logit_stride}.")
+            raise UserError(f"Setting 'model.segmenter_settings.logit_stride' is 1 or 2 and cannot be {logit_stride}.")
         settings = {"decoder_channels": list(decoder_channels), "stem_channels": list(stem_channels)}
         super().__init__("transunet", encoder, {**settings, "logit_stride": logit_stride})
         self.encoder: Vit

@@ -24,7 +24,7 @@ class Unet(Segmenter):
         if not isinstance(encoder, Cnn):
             raise UserError(
                 f"The segmenter 'unet' needs a CNN encoder, but '{encoder.name}' is a {encoder.kind}: "
-                "choose segmenter.name='transunet' or an encoder such as efficientnet_lite0."
+                "choose model.segmenter='transunet' or an encoder such as efficientnet_lite0."
             )
         check_widths(decoder_channels, 5)
         super().__init__("unet", encoder, {"decoder_channels": list(decoder_channels)})
@@ -55,5 +55,6 @@ def check_widths(channels: tuple[int, ...], count: int, setting: str = "decoder_
     """Raise a UserError unless there are `count` positive widths."""
     if len(channels) != count or min(channels) < 1:
         raise UserError(
-            f"Setting 'segmenter.{setting}' needs {count} widths of at least 1, and cannot be {list(channels)}."
+            f"Setting 'model.segmenter_settings.{setting}' needs {count} widths of at least 1, "
+            f"and cannot be {list(channels)}."
         )

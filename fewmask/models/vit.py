@@ -48,7 +48,9 @@ class Vit(Encoder):
         check_divisible(size, shape.patch, name)
         check_blocks(out_blocks, shape.depth)
         if not 0 <= drop_path < 1:
-            raise UserError(f"Setting 'encoder.drop_path' is a probability below 1 and cannot be {drop_path}.")
+            raise UserError(
+                f"Setting 'model.encoder_settings.drop_path' is a probability below 1 and cannot be {drop_path}."
+            )
         super().__init__(name, size, {"drop_path": drop_path, "out_blocks": list(out_blocks)})
         self.patch, self.dim, self.out_blocks = shape.patch, shape.dim, tuple(out_blocks)
         self.strides, self.channels = (shape.patch,) * len(out_blocks), (shape.dim,) * len(out_blocks)
@@ -126,7 +128,7 @@ def check_blocks(out_blocks: tuple[int, ...], depth: int) -> None:
     """Raise a UserError unless the blocks are rising numbers from 1 to the depth."""
     if not out_blocks or sorted(set(out_blocks)) != list(out_blocks) or out_blocks[0] < 1 or out_blocks[-1] > depth:
         raise UserError(
-            f"Setting 'encoder.out_blocks' must be rising block numbers between 1 and {depth}, "
+            f"Setting 'model.encoder_settings.out_blocks' must be rising block numbers between 1 and {depth}, "
             f"and cannot be {list(out_blocks)}."
         )
 

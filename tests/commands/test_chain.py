@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 
 import fewmask as package
+from fewmask.data.synthetic import make_dataset
 from tests.commands.conftest import TINY
+
+ALWAYS_SAVE = ("pretrain.checkpoint_seconds=0", "finetune.checkpoint_seconds=0")
 
 
 def table(path):
@@ -140,29 +143,144 @@ def test_a_copy_of_a_test_image_is_kept_out_of_pretraining(data, tmp_path, fewma
     assert facts["excluded"]["near_duplicates"] >= 1
 
 
+def start(command, out, cache):
+    """Start the chain as a process of its own."""
+    environment = {**os.environ, "FEWMASK_CACHE": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, *command, "--out", str(out)],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path_of, seconds=100):
+    """Wait until `path_of()` is true."""
+    for _ in range(seconds * 20):
+        if path_of():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came")
+
+
+def weights(run):
+    return [(run / stage / "model.safetensors").read_bytes() for stage in ("pretrain", "finetune")]
+
+
+def test_killed_in_each_stage_and_resumed_gives_the_same_weights(drawn, tmp_path):
+    more = ["pretrain.min_epoch_steps=40", "finetune.min_epoch_steps=40", *ALWAYS_SAVE]
+    command = ["-m", "fewmask", "run", str(drawn), *TINY, *more]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(command, whole, tmp_path / "cache")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    for stage in ("pretrain", "finetune"):
+        process = start(command, killed, tmp_path / "cache")
+        wait_for(lambda stage=stage: list((killed / stage / "checkpoints").glob("step_*[1-9].safetensors")))
+        process.kill()
+        process.communicate()
+        assert not (killed / stage / "stage.json").exists()
+    process = start(command, killed, tmp_path / "cache")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert '"kind": "resume"' in (killed / "finetune" / "log.jsonl").read_text()
+    assert weights(killed) == weights(whole)
+
+
 def test_sigterm_exits_130_and_resumes(drawn, tmp_path):
-    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path / "cache")}
+    command = ["-m", "fewmask", "run", str(drawn), *TINY, "pretrain.epochs=3000"]
     out = tmp_path / "run"
-    settings = [*TINY, "pretrain.epochs=3000", "run.time=10m"]
-    command = [sys.executable, "-m", "fewmask", "run", str(drawn), "--out", str(out), *settings]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, text=True)
+    process = start(command, out, tmp_path / "cache")
     log = out / "pretrain" / "log.jsonl"
-    for _ in range(600):
-        if log.exists() and log.read_text().count("\n") > 2:
-            break
-        time.sleep(0.1)
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 2)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command goes on from here" in err
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
-    assert list((out / "pretrain" / "checkpoints").glob("step_*"))
+    # Another time may be asked for when resuming; it ends what the epochs would not.
+    process = start([*command, "run.time=1s"], out, tmp_path / "cache")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert '"kind": "resume"' in log.read_text()
 
 
-def test_evaluate_on_other_data_and_against_another_run(finished, data, fewmask):
-    code, out, err = fewmask("evaluate", finished, data, "--split", "all", "--json")
+def test_two_processes_do_the_whole_chain(drawn, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = start([*launcher, "-m", "fewmask", "run", str(drawn), *TINY], tmp_path / "run", tmp_path / "cache")
+    _, err = process.communicate(timeout=110)
+    assert process.returncode == 0, err
+    facts = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())
+    assert facts["num_processes"] == 2
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["num_cases"] > 0
+
+
+def test_mended_data_and_mended_settings_go_on_in_the_same_folder(data, tmp_path, fewmask):
+    picture = sorted((data / "images").iterdir())[0]
+    sound = picture.read_bytes()
+    picture.write_bytes(b"")
+    assert fewmask("run", data, "--out", tmp_path / "run", *TINY)[0] == 1
+    picture.write_bytes(sound)
+    assert fewmask("run", data, "--out", tmp_path / "run", *TINY, "pretrain.method.name=maee")[0] == 1
+    code, _, err = fewmask("run", data, "--out", tmp_path / "run", *TINY)
+    assert code == 0, err
+
+
+def test_a_labelled_copy_of_a_test_image_is_kept_out_of_pretraining(data, tmp_path, fewmask):
+    rows = table(data / "manifest.csv")
+    labelled = [row for row in rows if row["mask"]]
+    for number, row in enumerate(labelled):
+        row["split"], row["group"] = ("train", "val", "test")[number % 3], ""
+    first, copied = labelled[0], labelled[2]
+    with Image.open(data / copied["image"]) as picture:
+        picture.save(data / first["image"], quality=70)
+    with (data / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    assert fewmask("run", data, "--out", tmp_path / "run", *TINY)[0] == 0
+    pre, fine = (json.loads((tmp_path / "run" / s / "stage.json").read_text()) for s in ("pretrain", "finetune"))
+    uses = [row["use"] for row in table(tmp_path / "run" / "cases.csv")]
+    assert pre["excluded"]["near_duplicates"] >= 1
+    assert pre["num_images"] < uses.count("labelled") + uses.count("unlabelled")
+    assert fine["num_images"] == uses.count("labelled")
+
+
+def test_images_the_run_has_learnt_from_are_never_scored_as_unseen(finished, data, fewmask):
+    code, out, err = fewmask("evaluate", finished, data, "--json")  # a copy of the run's data, elsewhere
     assert code == 0, err
     key, summary = next(iter(json.loads(out).items()))
-    assert key.endswith("-all")
-    assert summary["num_cases"] == 12
-    shutil.rmtree(data)
+    own = [row for row in table(finished / "cases.csv") if row["split"] == "test"]
+    assert (key, summary["num_cases"]) == ("test", len(own))
+    code, _, err = fewmask("evaluate", finished, data, "--split", "all")
+    assert code == 1
+    assert "would score images this run was trained on" in err
+
+
+def test_unseen_data_are_scored_whole_without_the_images_learnt_from(finished, data, tmp_path, fewmask):
+    other = make_dataset(tmp_path / "other", 5, 0, size=(64, 80), seed=9)
+    trained = next(row for row in table(finished / "cases.csv") if row["use"] == "labelled")
+    for kind in ("image", "mask"):
+        source = data / f"{kind}s" / Path(trained[kind]).name
+        shutil.copy(source, other / f"{kind}s" / f"planted{source.suffix}")
+    (other / "manifest.csv").unlink()
+    code, out, err = fewmask("evaluate", finished, other, "--json")
+    assert code == 0, err
+    assert "1 images were left out" in err
+    key, summary = next(iter(json.loads(out).items()))
+    assert (key, summary["num_cases"]) == ("other-all", 5)
+
+
+def test_two_runs_are_compared_on_the_same_images(finished, drawn, tmp_path, fewmask):
+    assert fewmask("run", drawn, "--out", tmp_path / "run", *TINY, "run.seed=3", "finetune.min_epoch_steps=30")[0] == 0
+    code, out, err = fewmask("evaluate", tmp_path / "run", drawn, "--against", finished, "--json")
+    assert code == 0, err
+    found = json.loads(out)["test"]
+    means = [
+        json.loads((run / "metrics.json").read_text())["test"]["dice"]["mean"] for run in (tmp_path / "run", finished)
+    ]
+    assert found["against"]["difference"] == pytest.approx(means[0] - means[1])
+    code, _, err = fewmask("evaluate", tmp_path / "run", drawn, "--against", tmp_path / "nowhere")
+    assert code == 1
+    assert "nowhere" in err
+    code, _, err = fewmask("evaluate", tmp_path / "run", drawn, "--split", "tset")
+    assert code == 1
+    assert "There is no split 'tset'" in err

@@ -91,6 +91,26 @@ def test_json_is_all_that_goes_to_standard_output(folder: Path, capsys: pytest.C
     assert [finding["code"] for finding in answer["notes"]] == ["byte-duplicates"]
 
 
+def test_every_line_of_a_bad_manifest_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "manifest.csv").write_text("image\nimages/none.jpg\nimages/synthetic_00000.jpg\nimages/gone.jpg\n")
+    code, text = checked(folder, capsys)
+    assert code == 1
+    assert "line 2, column image, names 'images/none.jpg'" in text
+    assert "line 4, column image, names 'images/gone.jpg'" in text
+    assert text.endswith("2 errors: mend what is listed above, then run the same command again.\n")
+
+
+def test_what_a_manifest_leaves_out_is_noted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"images/synthetic_{number:05}.jpg,masks/synthetic_{number:05}.png" for number in range(22)]
+    (folder / "manifest.csv").write_text("\n".join(["image,mask", *rows]))
+    (folder / "images/README.txt").write_text("about")
+    assert check(folder, None, [], as_json=True) == 0
+    notes = {finding["code"]: finding for finding in json.loads(capsys.readouterr().out)["notes"]}
+    assert notes["not-listed"]["message"].startswith("6 files are")
+    assert "images/synthetic_00022.jpg" in notes["not-listed"]["files"]
+    assert notes["not-pictures"]["files"] == ["images/README.txt"]
+
+
 def test_names_with_brackets_are_printed_as_they_are(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "images/[bold]x.jpg").write_bytes(b"")
     assert "[bold]x.jpg' is empty" in checked(folder, capsys)[1]

@@ -257,6 +257,12 @@ SETTINGS = [
     ("data.val_fraction=0.9", "val_fraction"),
     ("run.device=tpu", "run.device"),
     ("nonsense", "key=value"),
+    ("finetune.betas=[2, 3]", "finetune.betas"),
+    ("finetune.lr=inf", "finetune.lr"),
+    ("model.encoder_settings.size=64", "model.encoder_settings.size"),
+    ("run.precision=fp16", "run.precision=fp16 needs a CUDA device"),
+    ("run.out=elsewhere", "contradicts the command line"),
+    ("pretrain.share=0", "pretrain.share"),
 ]
 
 
@@ -315,7 +321,9 @@ def test_a_full_disk_while_saving_loses_nothing(drawn, tmp_path, monkeypatch, fe
     assert "No space left on device" in err
     assert "it resumes" in err
     assert not list((tmp_path / "run").rglob("*.tmp"))
-    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *TINY)
+    assert code == 0, err
 
 
 def test_commands_without_a_run(tmp_path, drawn, fewmask):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,53 @@ def test_json_says_all_of_it(model: Path, photos: Path, tmp_path: Path, capsys: 
     assert len(answer["predictions"]) == 3
     assert [Path(failure["image"]).name for failure in answer["failures"]] == ["broken.png"]
     assert answer["num_not_images"] == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_disk_ends_it_at_once_and_leaves_no_rest(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    tried = []
+
+    def fail(path: Path, content: bytes) -> int:
+        tried.append(path.name)
+        with path.open("wb") as file:
+            file.write(content[:3])
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(UserError, match="Cannot write"):
+        predict(model, [str(photos)], tmp_path / "out", False, None, False)
+    assert len(tried) == 1
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_the_rows_of_what_was_written_survive_a_failure(
+    model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bytes = Path.write_bytes
+
+    def fail(path: Path, content: bytes) -> int:
+        if path.name.startswith(".c.png"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(UserError, match=r"c\.png.*No space"):
+        predict(model, [str(photos)], tmp_path / "out", False, None, False)
+    assert [Path(row["image"]).name for row in areas(tmp_path / "out")] == ["a.png", "b.jpg"]
+
+
+def test_an_image_too_long_for_an_overlay_is_named_and_the_others_done(
+    model: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full((2, 65_600, 3), 200, np.uint8)).save(photos / "long.png")
+    assert predict(model, [str(photos)], tmp_path / "out", True, None, False) == 1
+    assert len(areas(tmp_path / "out")) == 3
+    assert not (tmp_path / "out/long.png").exists()
+    errors = capsys.readouterr().err
+    assert "long.png" in errors
+    assert "do not fit into a JPEG" in errors
 
 
 def test_an_empty_mask_is_an_answer(model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -141,6 +142,47 @@ def test_remarks_on_masks_are_counted_not_repeated(folder: Path) -> None:
     assert result.notes[0].message.count("masks/") == 4
     assert "and 8 more" in result.notes[0].message
     assert [(finding.code, finding.files) for finding in result.warnings] == [("mask-inverted", ("015",))]
+
+
+def edge_mask() -> np.ndarray:
+    mask = np.zeros(SIZE, np.uint8)
+    mask[10:30, :20] = 255
+    return mask
+
+
+def test_masks_that_stay_inverted_among_inverted_ones_are_an_error(folder: Path) -> None:
+    for number in range(NUM):
+        save(folder / "masks" / f"{number:03}.png", 255 - disc(*SIZE) * np.uint8(255))
+    save(folder / "masks/004.png", 255 - edge_mask())
+    speck = np.full(SIZE, 255, np.uint8)
+    speck[20, 20] = 0
+    save(folder / "masks/009.png", speck)
+    result = audit(load_cases(folder))
+    assert [(finding.code, finding.files) for finding in result.errors] == [("masks-inverted-in-part", ("004", "009"))]
+    assert str(folder / "masks/004.png") in result.errors[0].message
+    assert "20 others are" in result.errors[0].message
+    assert ("mask-inverted-perhaps", ("009",)) in [(finding.code, finding.files) for finding in result.warnings]
+
+
+def test_a_large_foreground_among_upright_masks_is_no_error(folder: Path) -> None:
+    save(folder / "masks/004.png", 255 - edge_mask())
+    for number in (1, 2):
+        save(folder / "masks" / f"{number:03}.png", 255 - disc(*SIZE) * np.uint8(255))
+    assert found(folder) == {}
+
+
+def test_the_cores_this_process_may_use_are_its_threads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, max_workers: int | None = None) -> None:
+            numbers.append(max_workers)
+            super().__init__(max_workers)
+
+    monkeypatch.setattr("fewmask.data.audit.ThreadPoolExecutor", Pool)
+    monkeypatch.setattr("fewmask.data.audit.num_cores", lambda: 3)
+    audit(load_cases(folder))
+    assert numbers == [3]
 
 
 def test_a_group_in_two_splits_is_an_error(folder: Path) -> None:

@@ -123,6 +123,16 @@ def test_an_interruption_leaves_nothing(cases, tmp_path):
     assert entries(tmp_path / "cache") == []
 
 
+def test_a_cache_may_be_shared_and_is_on_the_disk_before_it_appears(cases, tmp_path, monkeypatch):
+    flushed = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle).st_ino), fsync(handle)))
+    build_cache(cases, 32, tmp_path / "cache")
+    (entry,) = (tmp_path / "cache").iterdir()
+    assert entry.stat().st_mode & 0o777 == 0o755
+    assert {(entry / name).stat().st_ino for name in ("images.npy", "masks.npy")} <= set(flushed)
+
+
 def test_leftovers_of_dead_builders_go_and_those_of_living_ones_stay(cases, tmp_path):
     old, new = tmp_path / "cache" / ".building-old", tmp_path / "cache" / ".building-new"
     for folder in (old, new):

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewmask.data import contents
-from fewmask.data.manifest import content_hashes, fingerprint, load_cases, skipped_files, write_cases
+from fewmask.data.manifest import (
+    content_hashes,
+    fingerprint,
+    load_cases,
+    skipped_files,
+    unlisted_pictures,
+    write_cases,
+)
 from fewmask.types import Case, UserError
 from tests.data.conftest import disc, make_folder, picture, save
 
@@ -170,6 +177,11 @@ def test_same_stem_in_two_folders_gets_the_folder_in_its_name(data):
         ("image\nC:\\images\\000.png\n", "line 2.*outside"),
         ("image,mask\nimages/000.png,masks/../../DATA/masks/000.png\n", "line 2.*outside"),
         ("image,mask\nimages/000.png,,too,many\n", "line 2 has more cells"),
+        (
+            "image,mask\nimages/000.png,masks/000.png\nimages/001.png,masks/000.png\n",
+            "line 3 lists 'masks/000.png' again, after line 2",
+        ),
+        ("group,image\np1\n", "line 2, column image, is empty"),
         ('image\n"images/000.png\n', "line 2 is not valid CSV|line 3 is not valid CSV"),
         ("image\nimages/0\x0000.png\n", "line 2"),
     ],
@@ -178,6 +190,28 @@ def test_every_fault_of_a_manifest_is_named_with_its_line(data, text, words):
     with pytest.raises(UserError, match=words) as caught:
         load_cases(with_manifest(data, text))
     assert "\n" not in str(caught.value)
+
+
+def test_all_faults_of_a_manifest_are_told_at_once_and_many_are_cut(data):
+    rows = ["images/none.png,", "images/000.png,masks/none.png", "images/001.png,"]
+    with pytest.raises(UserError) as caught:
+        load_cases(with_manifest(data, "\n".join(["image,mask", *rows])))
+    lines = str(caught.value).split("\n")
+    assert [line.split(", ")[0].split(" ")[-2:] for line in lines] == [["line", "2"], ["line", "3"]]
+    rows = [f"images/none{number}.png," for number in range(25)]
+    with pytest.raises(UserError, match="There are 5 more such lines") as caught:
+        load_cases(with_manifest(data, "\n".join(["image,mask", *rows])))
+    assert str(caught.value).count("\n") == 20
+
+
+def test_linked_folders_are_searched_once_and_circles_end(data, tmp_path):
+    save(tmp_path / "elsewhere" / "deep" / "z.png", picture(50))
+    (data / "images" / "a_link").symlink_to(tmp_path / "elsewhere")
+    save(data / "images" / "own" / "y.png", picture(51))
+    (data / "images" / "another").symlink_to(data / "images" / "own")
+    (data / "images" / "own" / "circle").symlink_to(data / "images")
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    assert [case.name for case in load_cases(data)][5:] == ["a_link__deep__z", "own__y"]
 
 
 def test_manifest_must_be_text_and_inside(data, tmp_path):
@@ -222,6 +256,25 @@ def test_empty_or_mixed_unlabelled_folders_are_refused(data, tmp_path):
     save(tmp_path / "mixed" / "a_mask.png", disc())
     with pytest.raises(UserError, match="named as a mask"):
         load_cases(data, unlabelled=[tmp_path / "mixed"])
+
+
+@pytest.mark.parametrize("name", ["masks", "Mask", "labels", "GroundTruth", "Part1_GroundTruth"])
+def test_masks_beside_pictures_are_not_taken_as_images(data, tmp_path, name):
+    save(tmp_path / "flat" / "x.png", picture())
+    save(tmp_path / "flat" / name / "x.png", disc())
+    with pytest.raises(UserError, match="folder named as one of masks"):
+        load_cases(data, unlabelled=[tmp_path / "flat"])
+    save(data / "images" / name / "000.png", disc())
+    with pytest.raises(UserError, match="folder named as one of masks"):
+        load_cases(data)
+
+
+def test_pictures_a_manifest_leaves_out_are_listed(data):
+    cases = load_cases(with_manifest(data, "image,mask\nimages/000.png,masks/000.png\nimages/003.png,\n"))
+    left = [file.relative_to(data).as_posix() for file in unlisted_pictures(data, cases)]
+    assert left == ["images/001.png", "images/002.png", "images/004.png", "masks/001.png", "masks/002.png"]
+    (data / "manifest.csv").unlink()
+    assert unlisted_pictures(data, load_cases(data)) == []
 
 
 def test_fingerprint_ignores_order_and_sees_every_field(data):
@@ -302,6 +355,26 @@ def test_written_cases_read_back(tmp_path_factory, rows):
         (case.image.as_posix(), case.split, case.group, "unlabelled") for case in cases
     ]
     assert sorted(path.parent.iterdir()) == [path]
+
+
+def test_what_is_written_can_be_read_by_others_and_a_failure_leaves_nothing(data, tmp_path, monkeypatch):
+    cases = load_cases(data)
+    path = tmp_path / "run" / "cases.csv"
+    write_cases(path, [(case, "labelled") for case in cases])
+    content_hashes(cases)
+    for file in (path, contents.default_cache_folder() / "hashes.json"):
+        assert file.stat().st_mode & 0o777 == 0o644
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_cases(path, [])
+    (data / "images" / "000.png").touch()
+    content_hashes(cases)
+    assert list(path.parent.iterdir()) == [path]
+    assert [file.name for file in contents.default_cache_folder().iterdir()] == ["hashes.json"]
 
 
 @pytest.mark.skipif(not (SHARED / "ham10000").is_dir(), reason="HAM10000 is not here")

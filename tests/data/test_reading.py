@@ -103,7 +103,10 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert np.array_equal(image[1:], picture()[1:])
 
 
-@pytest.mark.parametrize(("top", "divisor"), [(200, 255), (255, 255), (256, 4095), (4095, 4095), (4096, 65535)])
+@pytest.mark.parametrize(
+    ("top", "divisor"),
+    [(200, 255), (255, 255), (256, 1023), (1023, 1023), (1024, 4095), (4096, 16383), (16384, 65535), (65535, 65535)],
+)
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_sixteen_bit_grey_is_divided_by_the_least_depth_that_holds_it(tmp_path, top, divisor, suffix):
     values = np.linspace(0, top, 40 * 60).round().astype(np.uint16).reshape(40, 60)
@@ -135,7 +138,32 @@ def write_deep_png(path: Path, values: np.ndarray) -> Path:
 def test_sixteen_bit_colour_png(tmp_path):
     values = picture().astype(np.uint16) * 257
     assert np.abs(read_image(write_deep_png(tmp_path / "a.png", values)).astype(int) - picture()).max() <= 1
-    refused(write_deep_png(tmp_path / "dark.png", values // 64), "12 bits")
+    refused(write_deep_png(tmp_path / "dark.png", values // 64), "14 bits")
+    refused(write_deep_png(tmp_path / "fourteen.png", values // 4), "14 bits")
+
+
+def test_opacity_of_deep_tiff_is_of_the_types_own_depth(tmp_path):
+    values = np.dstack([picture().astype(np.uint16) * 16, np.full((40, 60), 257 * 4, np.uint16)])  # 1.6 % opaque
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extrasamples=["unassalpha"])
+    assert read_image(tmp_path / "a.tif").min() >= 250  # white shines through
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_white_is_zero_tiff_is_turned_positive(tmp_path, dtype):
+    top = np.iinfo(dtype).max
+    grey = picture()[..., 0]
+    tifffile.imwrite(tmp_path / "a.tif", top - grey.astype(dtype) * dtype(top // 255), photometric="miniswhite")
+    assert np.array_equal(read_image(tmp_path / "a.tif")[..., 0], grey)
+    tifffile.imwrite(tmp_path / "m.tif", np.where(disc(), 0, top).astype(dtype), photometric="miniswhite")
+    reading = read_mask(tmp_path / "m.tif")
+    assert np.array_equal(reading.mask, disc())
+    assert not any(remark.startswith("inverted") for remark in reading.remarks)
+
+
+@pytest.mark.parametrize("values", [picture().astype(np.float32) / 255, picture()[..., 0].astype(np.float64)])
+def test_a_tiff_of_numbers_that_are_not_read_says_so(tmp_path, values):
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb" if values.ndim == 3 else "minisblack")
+    refused(tmp_path / "a.tif", "is a TIFF .*64-bit numbers, floats in colour")
 
 
 def test_float_tiff(tmp_path):
@@ -356,15 +384,15 @@ def test_inverted_masks_are_turned_round(tmp_path):
     assert reading.remarks[0].startswith("inverted:")
 
 
-def test_a_speck_or_an_open_border_is_not_an_inversion(tmp_path):
+def test_a_speck_or_an_open_border_is_no_proof_of_an_inversion(tmp_path):
     speck = np.ones((40, 60), bool)
     speck[20, 30] = False
     cut = ~disc()
     cut[0, 5] = False
-    for name, mask in (("speck.png", speck), ("cut.png", cut)):
+    for name, mask, codes in (("speck.png", speck, ["inverted?"]), ("cut.png", cut, [])):
         reading = read_mask(save(tmp_path / name, mask))
         assert np.array_equal(reading.mask, mask)
-        assert reading.remarks == ()
+        assert [remark.partition(":")[0] for remark in reading.remarks] == codes
 
 
 def test_antialiased_and_jpeg_masks_are_cut_at_half(tmp_path):

@@ -302,7 +302,48 @@ def test_an_image_without_its_mask_is_named(name: str, tmp_path: Path) -> None:
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:
     entries = [layout.Entry(name, save(tmp_path / f"{i}.png", picture(i))) for i, name in enumerate(("a", "A"))]
     with pytest.raises(UserError, match="second picture named 'A'"):
-        layout.lay_out(tmp_path / "data", entries)
+        layout.lay_out(tmp_path / "raw", tmp_path / "data", entries)
+
+
+def test_a_folder_of_the_users_own_is_not_written_into(tmp_path: Path) -> None:
+    make_isic2018(tmp_path / "raw")
+    own = tmp_path / "own"
+    write(own / "manifest.csv", "image", "images/mine.png")
+    before = (own / "manifest.csv").read_text()
+    for out, words in (
+        (own, r"another origin \('manifest\.csv'"),
+        (own / "manifest.csv", "is a file"),
+        (tmp_path / "raw", "raw download"),
+        (tmp_path / "raw" / "imported", "raw download"),
+    ):
+        with pytest.raises(UserError, match=words):
+            SOURCES["isic2018"](tmp_path / "raw", out)
+    assert [path.name for path in own.iterdir()] == ["manifest.csv"]
+    assert (own / "manifest.csv").read_text() == before
+    assert not (tmp_path / "raw" / "imported").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "words"),
+    [
+        ("isic2017", "ISIC-2017_Training_Part3_GroundTruth.csv", r"'x1' in column 'melanoma'"),
+        ("isic2019", "ISIC_2019_Training_GroundTruth.csv", r"'x1' in column 'MEL'"),
+    ],
+)
+def test_a_garbled_number_in_a_table_is_named(name: str, table: str, words: str, tmp_path: Path) -> None:
+    MAKERS[name](tmp_path / "raw")
+    path = tmp_path / "raw" / table
+    path.write_text(path.read_text().replace("1.0", "x1").replace(",0.0,1.0", ",x1,1.0").replace("0.0,x1", "x1,x1"))
+    with pytest.raises(UserError, match=words) as caught:
+        SOURCES[name](tmp_path / "raw", tmp_path / "data")
+    assert table in str(caught.value)
+
+
+def test_a_table_that_is_no_text_is_named(tmp_path: Path) -> None:
+    make_isic2016(tmp_path / "raw")
+    (tmp_path / "raw" / "ISBI2016_ISIC_Part3_Training_GroundTruth.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"Part3_Training_GroundTruth\.csv' cannot be read as a text table"):
+        SOURCES["isic2016"](tmp_path / "raw", tmp_path / "data")
 
 
 def test_files_are_linked_and_copied_where_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,12 @@ def test_too_few_masks_is_one_sentence():
         assign_splits([make_case("a"), make_case("b")], val_fraction=0)
 
 
+def test_masks_that_all_hang_together_are_said_to(tmp_path):
+    cases = [make_case(name) for name in "abc"]
+    with pytest.raises(UserError, match=r"All 3 masks .* count as one: .*near-copies.*audit\.json"):
+        assign_splits(cases, linked=[("a", "b"), ("b", "c")])
+
+
 def test_full_manifest_is_kept_and_the_undecided_train_or_follow_their_group():
     cases = [
         make_case("a", split="train"),

@@ -19,6 +19,7 @@ from fewmask.deploy.export import (
     MAX_DIFFERENCE,
     MEAN_DIFFERENCE,
     export_onnx,
+    probe_images,
 )
 from fewmask.deploy.predictor import Predictor
 from fewmask.models import build_encoder, build_segmenter
@@ -137,3 +138,11 @@ def test_an_unwritable_place_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Cannot write"):
         export_onnx(Tiny(), 32, tmp_path / "file" / "model.onnx", {})
+
+
+@pytest.mark.parametrize("size", [64, 2048])
+def test_probes_stay_within_eight_million_pixels_and_hold_exact_sizes(size: int) -> None:
+    sizes = [image.shape[:2] for image in probe_images(size)]
+    assert max(height * width for height, width in sizes) <= 8 * 2**20
+    assert (size, size) in sizes
+    assert any(height * width > size * size and (height % size, width % size) == (0, 0) for height, width in sizes)

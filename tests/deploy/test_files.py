@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewmask.deploy.files import find_images
+from fewmask.deploy.files import _unique, find_images
 from fewmask.types import UserError
 
 OUT = Path("elsewhere")
@@ -75,6 +76,13 @@ def test_nothing_found_is_a_sentence(tmp_path: Path, what: str) -> None:
     touch(tmp_path, "notes.txt")
     with pytest.raises(UserError, match=r"no file or folder|matches no file|no image"):
         find_images([str(tmp_path / what)], OUT)
+
+
+def test_naming_tens_of_thousands_of_images_takes_no_minutes(tmp_path: Path) -> None:
+    named = [(tmp_path / f"{number}.jpg", str(number)) for number in range(40_000)]
+    started = time.process_time()
+    assert len(_unique(named)) == 40_000
+    assert time.process_time() - started < 10
 
 
 @settings(max_examples=40, deadline=None)

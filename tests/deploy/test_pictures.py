@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.ndimage import binary_erosion
 
 from fewmask.deploy.pictures import COLOUR, contour, describe_mask, mask_png, overlay_jpeg
+from fewmask.types import UserError
 
 MASKS = arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
@@ -40,6 +41,11 @@ def test_overlay_leaves_the_outside_alone_and_draws_the_edge() -> None:
     assert np.abs(inside - expected).max() <= 3
     assert drawn[16, 24:56, 0].mean() < 90
     assert (image == 120).all()
+
+
+def test_an_overlay_longer_than_a_jpeg_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="65600 x 2 pixels do not fit"):
+        overlay_jpeg(np.zeros((2, 65_600, 3), np.uint8), np.zeros((2, 65_600), bool))
 
 
 def test_area_counts_the_threshold_itself_as_inside() -> None:

@@ -99,6 +99,23 @@ def test_a_page_under_a_foreign_name_reaches_nothing(client: TestClient) -> None
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
 
 
+@pytest.mark.parametrize("name", ["a.p%00ng", "a.\x00png", "a.jpg\x00"])
+def test_a_name_no_file_may_bear_is_no_fault_of_the_server(client: TestClient, name: str) -> None:
+    content = png(dark_square(60, 90)[0])
+    head = f'--x\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'.encode()
+    body = head + content + b"\r\n--x--\r\n"
+    reply = client.post("/predict", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert reply.status_code in (200, 400, 422)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "::1", "localhost"])
+def test_every_loopback_address_keeps_foreign_names_out(predictor: Predictor, host: str) -> None:
+    client = TestClient(create_app(predictor, host), base_url="http://127.0.0.1:8000")
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    own = f"[{host}]:8000" if ":" in host else f"{host}:8000"
+    assert client.get("/", headers={"host": own}).status_code == 200
+
+
 def test_loopback_and_a_taken_port(tmp_path: Path) -> None:
     import socket
 

@@ -274,3 +274,35 @@ def test_tensorboard_gets_the_same_figures(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
     logged = [(line["step"], line["loss"]) for line in lines if line["kind"] == "step"]
     assert [(e.step, pytest.approx(e.value, rel=1e-4)) for e in events.Scalars("pretrain/step/loss")] == logged
+
+
+def test_a_finite_loss_with_an_infinite_gradient_leaves_a_sound_checkpoint(tmp_path):
+    class Poisoned(TinyObjective):
+        def forward(self, batch):
+            terms = super().forward(batch)
+            if "image7_0" in batch.names:
+                terms["loss"] = terms["loss"] + (self.net[0].weight * 0).abs().sqrt().sum()  # 0 with gradient NaN
+            return terms
+
+    with pytest.raises(UserError, match=r"The weights became infinite before step 8.*sound"):
+        train(tmp_path, objective=Poisoned)
+    _, _, objective = train(tmp_path)
+    assert all(torch.isfinite(value).all() for value in objective.state_dict().values())
+
+
+def test_damaged_best_weights_are_chosen_anew(tmp_path):
+    def validate(product):
+        return {"score": -abs(product[0].weight.sum().item())}
+
+    with pytest.raises(MemoryError):
+        train(tmp_path, stream=DiesAt(7), validate=validate)
+    for path in (tmp_path / "pretrain" / "checkpoints").glob("best_*"):
+        path.write_bytes(b"torn")
+    product, facts, _ = train(tmp_path, validate=validate)
+    assert facts["best_step"] > 6
+    assert validate(product)["score"] == pytest.approx(facts["best_score"])
+
+
+def test_layer_decay_without_blocks_is_refused():
+    with pytest.raises(UserError, match="layer_decay needs an encoder made of blocks"):
+        build_optimiser(TinyObjective(), StageSection(method={"name": "x"}, layer_decay=0.5))

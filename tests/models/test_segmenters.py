@@ -71,11 +71,16 @@ def test_the_encoder_given_is_the_encoder_used():
 @pytest.mark.parametrize(
     ("encoder", "segmenter", "settings", "sentence"),
     [
-        ("vit_tiny_patch16", "unet", {}, "'unet' needs a CNN encoder, but 'vit_tiny_patch16' is a vit"),
-        ("resnet18", "transunet", {}, "'transunet' needs a ViT encoder, but 'resnet18' is a cnn"),
+        ("vit_tiny_patch16", "unet", {}, "'unet' needs a CNN .* a vit: choose model.segmenter='transunet'"),
+        ("resnet18", "transunet", {}, "'transunet' needs a ViT .* a cnn: choose model.segmenter='unet'"),
         ("resnet18", "unett", {}, "no segmenter named 'unett'. Did you mean 'unet'"),
-        ("resnet18", "unet", {"decoder_channels": (8, 8)}, "needs 5 widths"),
-        ("resnet18", "unet", {"depth": 4}, "Unknown setting 'segmenter.depth'. Valid ones: decoder_channels"),
+        (
+            "resnet18",
+            "unet",
+            {"decoder_channels": (8, 8)},
+            "'model.segmenter_settings.decoder_channels' needs 5 widths",
+        ),
+        ("resnet18", "unet", {"depth": 4}, "Unknown setting 'model.segmenter_settings.depth'. Valid ones: decod"),
         ("vit_tiny_patch16", "transunet", {"decoder_channels": (8, 8, 8, 0)}, "needs 4 widths"),
         ("vit_tiny_patch16", "transunet", {"stem_channels": (0, 8)}, "stem_channels' needs 2 widths"),
         ("vit_tiny_patch16", "transunet", {"logit_stride": 4}, "1 or 2 and cannot be 4"),

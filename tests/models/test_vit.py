@@ -101,11 +101,11 @@ def test_drop_path_changes_training_but_not_evaluation():
     [
         ({"size": 100}, "image size of 100 .* multiple of 16: choose 96 or 112"),
         ({"out_blocks": (3, 13)}, "between 1 and 12"),
-        ({"out_blocks": (6, 3)}, "rising block numbers"),
+        ({"out_blocks": (6, 3)}, "'model.encoder_settings.out_blocks' must be rising block numbers"),
         ({"out_blocks": ()}, "rising block numbers"),
-        ({"drop_path": 1.0}, "probability below 1"),
-        ({"droppath": 0.1}, "Unknown setting 'encoder.droppath'. Valid ones: drop_path, out_blocks"),
-        ({"drop_path": "much"}, "Setting 'encoder.drop_path' cannot be 'much'"),
+        ({"drop_path": 1.0}, "'model.encoder_settings.drop_path' is a probability below 1"),
+        ({"droppath": 0.1}, "Unknown setting 'model.encoder_settings.droppath'. Valid ones: drop_path, out_blocks"),
+        ({"drop_path": "much"}, "Setting 'model.encoder_settings.drop_path' cannot be 'much'"),
     ],
 )
 def test_bad_settings_are_told_in_a_sentence(settings, sentence):

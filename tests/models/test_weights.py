@@ -41,8 +41,14 @@ def test_own_weights_bring_their_norm_eps(tmp_path):
 
 def test_weights_of_another_encoder(tmp_path):
     save_model(tmp_path / "m.safetensors", build_encoder("resnet18", size=32))
-    with pytest.raises(UserError, match="of the encoder 'resnet18', but this one is 'resnet34'"):
+    with pytest.raises(UserError, match=r"of the encoder 'resnet18', .* 'resnet34'; choose model\.encoder='resnet18'"):
         build_encoder("resnet34", str(tmp_path / "m.safetensors"), size=32)
+
+
+def test_a_word_that_is_no_source_of_weights_lists_those_there_are(tmp_path):
+    for word in ("imagnet", str(tmp_path / "gone")):
+        with pytest.raises(UserError, match=f"{word}.* choose none, packaged, imagenet, or the path"):
+            build_encoder("resnet18", word, size=32)
 
 
 def test_folder_without_a_model(tmp_path):
@@ -89,7 +95,7 @@ def test_packaged_encoder_is_the_classifiers_trunk_on_our_normalisation():
 
 
 def test_packaged_weights_that_do_not_exist():
-    with pytest.raises(UserError, match="no package with weights for the encoder 'resnet18'"):
+    with pytest.raises(UserError, match=r"no package with weights for the encoder 'resnet18': choose model\.weights="):
         build_encoder("resnet18", "packaged", size=32)
 
 
@@ -97,7 +103,7 @@ def test_imagenet_without_network_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("resnet18", "vit_tiny_patch16"):
-        with pytest.raises(UserError, match=f"weights of '{name}' could not be fetched"):
+        with pytest.raises(UserError, match=f"weights of '{name}' could not be fetched.*model.weights='packaged'"):
             build_encoder(name, "imagenet", size=32)
 
 

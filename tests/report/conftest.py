@@ -121,7 +121,7 @@ def write_manifest(path: Path, num_cases: int) -> None:
         rows = csv.writer(file)
         rows.writerow(["image", "mask", "split", "group", "label", "use"])
         uses = [("train", "labelled"), ("train", "unlabelled"), ("train", "excluded-duplicate")]
-        uses += [("val", "validation"), ("test", "excluded-test"), ("", "unlabelled")]
+        uses += [("val", "validation"), ("test", "excluded-test"), ("", "unlabelled"), ("", "excluded-group")]
         for number in range(num_cases):
             split, use = uses[number % len(uses)]
             rows.writerow([f"images/{number}.jpg", f"masks/{number}.png", split, f"g{number // 2}", "", use])
@@ -147,7 +147,7 @@ def write_stage(folder: Path, rng: np.random.Generator, num_steps: int, method: 
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     facts = {"stage": folder.name, "method": method, "epochs": num_epochs, "steps": num_steps, "seconds": 2712.4}
     more = {"num_images": 10533, "batch_size": 64, "device": "cpu", "status": "done"}
-    write(folder / "stage.json", {**facts, **more, "excluded": {"test": 529, "near_duplicates": 7}})
+    write(folder / "stage.json", {**facts, **more, "excluded": {"test": 529, "near_duplicates": 7, "same_group": 13}})
 
 
 def write_previews(folder: Path, rng: np.random.Generator) -> None:

@@ -261,3 +261,11 @@ def test_the_command_writes_the_page_and_says_where(make_run: MakeRun, capsys: p
     assert report([run], run / "pages" / "report.html") == 0
     assert capsys.readouterr().out == f"Report: {run / 'pages' / 'report.html'}\n"
     assert Page(run / "pages" / "report.html").sections == ALL_SECTIONS
+
+
+def test_pictures_of_test_patients_are_counted_where_they_were_kept_out(make_run: MakeRun) -> None:
+    page = page_of(make_run(num_cases=70))
+    heads = [element.text for element in page.all("th")]
+    assert "Same patient as test, kept out" in heads
+    assert "Other images of test patients kept out" in page.text
+    assert page.text.split("Other images of test patients kept out")[1].split()[0] == "13"

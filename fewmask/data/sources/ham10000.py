@@ -16,7 +16,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     outlines are a download of their own, `HAM10000_segmentations_lesion_tschandl`: without that folder every image is
     unlabelled. `group` is the lesion, `label` the diagnosis; there is no official split.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from fewmask.data.sources.layout import Entry, find_file, find_folder, lay_out, pair_folder
+from fewmask.data.sources.layout import Entry, find_file, find_folder, lay_out, pair_folder, read_lines
 from fewmask.types import Split
 
 PARTS: tuple[tuple[str, Split], ...] = (("Training", "train"), ("Test", "test"))
@@ -18,7 +18,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     Expects `ISBI2016_ISIC_Part1_{Training,Test}_{Data,GroundTruth}`. The official split is kept; validation is left for
     the program to take from training. Labels (benign, malignant) come from part 3's tables where they are present.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:
@@ -34,5 +34,5 @@ def _labels(raw: Path, part: str) -> dict[str, str]:
     if table is None:
         return {}
     names = {"0.0": "benign", "1.0": "malignant", "benign": "benign", "malignant": "malignant"}
-    rows = csv.reader(table.read_text(encoding="utf-8-sig").splitlines())
+    rows = csv.reader(read_lines(table))
     return {row[0]: names.get(row[1].strip(), "") for row in rows if len(row) >= 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fewmask.data.sources.layout import Entry, find_file, find_folder, lay_out, pair_folder, read_table
+from fewmask.data.sources.layout import Entry, find_file, find_folder, is_marked, lay_out, pair_folder, read_table
 from fewmask.types import Split
 
 PARTS: tuple[tuple[str, Split], ...] = (("Training", "train"), ("Validation", "val"), ("Test_v2", "test"))
@@ -17,7 +17,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     Expects `ISIC-2017_{Training,Validation,Test_v2}_{Data,Part1_GroundTruth}` and keeps the official split. The
     superpixel maps among the images are passed over. Labels come from part 3's tables where they are present.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:
@@ -34,4 +34,4 @@ def _labels(raw: Path, part: str) -> dict[str, str]:
         return {}
     kinds = ("melanoma", "seborrheic_keratosis")
     rows = read_table(table, ("image_id", *kinds))
-    return {row["image_id"]: next((kind for kind in kinds if float(row[kind] or 0)), "nevus") for row in rows}
+    return {row["image_id"]: next((kind for kind in kinds if is_marked(row, kind, table)), "nevus") for row in rows}

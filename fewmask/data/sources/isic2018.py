@@ -17,7 +17,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     Expects `ISIC2018_Task1-2_{Training,Validation,Test}_Input` and `ISIC2018_Task1_{...}_GroundTruth`, and keeps the
     official split. The publisher gives no diagnosis with this task.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:

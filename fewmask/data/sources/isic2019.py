@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fewmask.data.sources.layout import Entry, find_folder, lay_out, need_file, read_table
+from fewmask.data.sources.layout import Entry, find_folder, is_marked, lay_out, need_file, read_table
 from fewmask.types import UserError
 
 CLASSES = ("MEL", "NV", "BCC", "AK", "BKL", "DF", "VASC", "SCC", "UNK")
@@ -19,7 +19,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     `_downsampled` is dropped from names, so that an image keeps the id it bears in ISIC-2016 and ISIC-2017 and a test
     image of those can be excluded by id.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:
@@ -32,7 +32,7 @@ def _entries(raw: Path) -> Iterator[Entry]:
         image = row["image"]
         if image not in pictures:
             raise UserError(f"'{folder}' has no '{image}.jpg', which '{truth.name}' lists; unpack the archive again.")
-        label = next((kind for kind in CLASSES if float(row.get(kind) or 0)), "")
+        label = next((kind for kind in CLASSES if is_marked(row, kind, truth)), "")
         plain = image.removesuffix("_downsampled")
         name = image if plain != image and plain in pictures else plain
         yield Entry(name, pictures[image], group=lesions.get(image, ""), label=label.lower())

@@ -30,14 +30,20 @@ class Entry:
     label: str = ""
 
 
-def lay_out(out: Path, entries: Iterable[Entry]) -> Path:
+MARKER = ".fewmask-import"
+"""Lies in a folder that an import made, so that no folder of the user's own is written into."""
+
+
+def lay_out(raw: Path, out: Path, entries: Iterable[Entry]) -> Path:
     """Fill `out/images`, `out/masks` and, last, `out/manifest.csv`; return `out`.
 
     Files are hard-linked, which costs no space and survives the removal of the raw folder, and copied where the file
     system refuses (our choice: a symbolic link would break when the raw folder moves). An interrupted import is
-    completed by the next call. Raises UserError where two entries share a name.
+    completed by the next call. Raises UserError where two entries share a name, where `out` holds anything that no
+    import put there, and where it is the raw folder or lies in it.
     """
     rows, seen = [], set()
+    _claim(raw, out)
     for folder in (out / "images", out / "masks"):
         folder.mkdir(parents=True, exist_ok=True)
     for entry in entries:
@@ -49,6 +55,24 @@ def lay_out(out: Path, entries: Iterable[Entry]) -> Path:
         rows.append((image, _place_mask(entry, out), entry.split or "", entry.group, entry.label))
     write_manifest(out / "manifest.csv", rows)
     return out
+
+
+def _claim(raw: Path, out: Path) -> None:
+    """Mark `out` as made by an import, or refuse it."""
+    if out.resolve().is_relative_to(raw.resolve()):
+        raise UserError(f"'{out}' is the raw download '{raw}' or lies in it; name a folder elsewhere to import into.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"'{out}' is a file; name a folder to import into.")
+    marker = out / MARKER
+    if out.is_dir() and not marker.is_file():
+        own = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if own:
+            raise UserError(
+                f"'{out}' holds files of another origin ('{own[0]}' for one), which an import could overwrite; "
+                "name an empty or a new folder."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text("This folder was made by an import of fewmask; importing again may replace its files.\n")
 
 
 def _place_mask(entry: Entry, out: Path) -> str:
@@ -131,11 +155,7 @@ def need_file(raw: Path, *names: str) -> Path:
 
 def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """Yield the rows of a comma- or tab-separated table, stripped; a missing column is a UserError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"'{path}' cannot be read as a text table; download it again.") from None
-    lines = text.splitlines()
+    lines = read_lines(path)
     header = lines[0] if lines else ""
     csv.field_size_limit(1 << 30)  # one X-ray's run lengths exceed the default of 128 KiB
     reader = csv.DictReader(lines, delimiter="\t" if "\t" in header else ",", skipinitialspace=True)
@@ -143,8 +163,28 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]
     missing = [column for column in columns if column not in reader.fieldnames]
     if missing:
         raise UserError(f"'{path}' has no column '{missing[0]}'; its columns are: {', '.join(reader.fieldnames)}.")
-    for row in reader:
-        yield {key: (value or "").strip() for key, value in row.items() if key is not None}
+    try:
+        for row in reader:
+            yield {key: (value or "").strip() for key, value in row.items() if key is not None}
+    except csv.Error as error:
+        raise UserError(f"'{path}' is not a table of text ({error}); download it again.") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return a table's lines; what is no UTF-8 text is a UserError."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"'{path}' cannot be read as a text table; download it again.") from None
+
+
+def is_marked(row: dict[str, str], column: str, table: Path) -> bool:
+    """Return whether a row's 0 or 1 is not 0, an empty cell being 0; what is no number is a UserError."""
+    text = row.get(column) or "0"
+    try:
+        return float(text) != 0
+    except ValueError:
+        raise UserError(f"'{table}' has '{text}' in column '{column}', not 0 or 1; download it again.") from None
 
 
 def pair_folder(

@@ -18,7 +18,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     There is no official split: papers use the whole set as a test set. Diagnoses come from `PH2_dataset.txt` where
     present.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:

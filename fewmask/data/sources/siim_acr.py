@@ -25,7 +25,7 @@ def import_raw(raw: Path, out: Path) -> Path:
     without foreground, which is an answer and not a missing one. DICOM files that the table does not list are
     unlabelled. `group` is the PatientID; there is no official split.
     """
-    return lay_out(out, _entries(raw))
+    return lay_out(raw, out, _entries(raw))
 
 
 def _entries(raw: Path) -> Iterator[Entry]:

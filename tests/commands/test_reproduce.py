@@ -1,0 +1,218 @@
+"""A paper's table on drawn data: its figures, what it takes from the paper, and what it does when it is cut."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fewmask.commands.grid import TABLES, place_order
+from fewmask.commands.papers import PAPERS, deviations
+from fewmask.commands.reproduce import reproduce
+from fewmask.commands.table import describe_cell
+from fewmask.data.synthetic import make_dataset
+from fewmask.types import UserError
+
+GRID = ('grid.rows=["random", "mae"]', "grid.seeds=2", "run.device=cpu")
+TWO = (*GRID, "grid.fractions=[0.5, 1.0]")
+ONE = (*GRID, "grid.fractions=[1.0]")
+
+
+def cases(path):
+    """Return the rows of a CSV of cases by name."""
+    with path.open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def table(out):
+    """Return table.json."""
+    return json.loads((out / "table.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def split_data(tmp_path_factory):
+    """Sixteen images with masks in three splits, six without masks."""
+    folder = tmp_path_factory.mktemp("split") / "data"
+    return make_dataset(folder, 16, 6, size=(64, 80), fractions=(0.5, 0.25, 0.25))
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory, split_data):
+    """Four other images with masks, and a copy of one that is trained on."""
+    folder = make_dataset(tmp_path_factory.mktemp("other") / "other", 4, 0, size=(64, 80), seed=1)
+    (folder / "manifest.csv").unlink()
+    name = next(row["image"] for row in _manifest(split_data) if row["split"] == "train")
+    shutil.copy(split_data / name, folder / "images" / "copy.jpg")
+    shutil.copy(split_data / "masks" / f"{Path(name).stem}.png", folder / "masks" / "copy.png")
+    return folder
+
+
+def _manifest(data):
+    with (data / "manifest.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, split_data, unseen):
+    """A finished table of two rows, for the tests that only read it."""
+    out = tmp_path_factory.mktemp("table") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, out, TWO) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", ["test", "unseen"])
+def test_means_and_differences_are_those_of_the_csv_files(finished, name):
+    found = table(finished)
+    per_case = {}
+    for row in (row for row in found["rows"] if row["set"] == name):
+        files = [finished / row["row"] / f"{row['fraction']:g}-{seed}" / f"cases_{name}.csv" for seed in (0, 1)]
+        for metric in ("dice", "iou", "hd95_256"):
+            values = [[float(case[metric]) for _, case in sorted(cases(file).items())] for file in files]
+            assert row[metric]["mean"] == pytest.approx(np.mean(values))
+            assert row[metric]["per_seed"] == pytest.approx(np.mean(values, axis=1))
+            assert row[metric]["low"] <= row[metric]["mean"] <= row[metric]["high"]
+            per_case[row["row"], row["fraction"], metric] = np.mean(values, axis=0)
+    assert len(per_case) == 2 * 2 * 3
+    differences = [row for row in found["differences"] if row["set"] == name]
+    assert [(row["row"], row["against"], row["fraction"]) for row in differences] == [
+        ("mae", "random", 0.5), ("mae", "random", 1.0),
+    ]  # fmt: skip
+    for row in differences:
+        ours, theirs = (per_case[side, row["fraction"], "dice"] for side in ("mae", "random"))
+        assert row["difference"] == pytest.approx(np.mean(ours - theirs))
+        assert 0 < row["p_value"] <= 1
+
+
+def test_the_papers_figures_and_the_deviations_are_told(finished):
+    found, page = table(finished), (finished / "table.md").read_text()
+    paper = {(row["row"], row["fraction"]): row["paper"] for row in found["rows"] if row["set"] == "test"}
+    assert paper["mae", 1.0] == {"dice": 81.58, "iou": 72.31}
+    assert paper["random", 0.5] == {"dice": 79.54, "iou": 69.74}
+    assert "81.58" in page
+    told = " ".join(found["deviations"])
+    for sentence in (
+        "pretrain.batch_size: the paper has 128, here 4.",
+        "model.encoder: the paper has vit_small_patch16, here vit_tiny_patch16.",
+        "finetune.epochs: the paper has 100, here 1.",
+        "here 2 of fine-tuning a cell",
+        "here images of data: ",
+    ):
+        assert sentence in told
+        assert sentence in page
+
+
+def test_excluded_images_and_unseen_ones_are_counted(finished, split_data):
+    found = table(finished)
+    splits = [row["split"] for row in _manifest(split_data)]
+    assert found["excluded"]["test"] == splits.count("test") > 0
+    assert found["pretraining"][0]["num_images"] <= splits.count("train") + splits.count("")
+    assert found["unseen"] == {"name": "other", "num_cases": 4, "num_masked": 5, "num_trained_on": 1, "num_in_body": 0}
+    assert "copy" not in cases(finished / "mae" / "1-0" / "cases_unseen.csv")
+
+
+def test_a_second_call_trains_nothing(finished, split_data, unseen):
+    kinds = ("*.safetensors", "cases_*.csv", "log.jsonl")
+    before = {path: path.stat().st_mtime_ns for kind in kinds for path in finished.rglob(kind)}
+    rows = table(finished)["rows"]
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, finished, TWO) == 0
+    assert before == {path: path.stat().st_mtime_ns for kind in kinds for path in finished.rglob(kind)}
+    assert len(before) == (1 + 8) + 16 + (1 + 8)
+    assert table(finished)["rows"] == rows
+
+
+@pytest.mark.parametrize("setting", ["pretrain.lr=0.5", "finetune.lr=0.5", "grid.finetune_time=9s"])
+def test_other_settings_in_the_same_folder_are_refused(finished, split_data, setting):
+    with pytest.raises(UserError, match=r"another --out"):
+        reproduce("g2ll-table1", split_data, None, "smoke", (), None, finished, (*TWO, setting))
+
+
+def test_a_killed_grid_goes_on_and_gets_the_same_figures(finished, split_data, tmp_path):
+    out = tmp_path / "out"
+    words = ("g2ll-table1", str(split_data), str(out), ONE)
+    code = (
+        "import sys; from pathlib import Path; from fewmask.commands.reproduce import reproduce\n"
+        f"table, data, out, settings = {words!r}\n"
+        "reproduce(table, Path(data), None, 'smoke', (), None, Path(out), settings)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=os.environ)
+    while not (out / "table.json").exists() and child.poll() is None:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert 0 < len(table(out)["rows"]) < 2 or not (out / "mae" / "1-1" / "metrics.json").exists()
+    trained = {path: path.stat().st_mtime_ns for path in out.rglob("stage.json")}
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), None, out, ONE) == 0
+    assert trained.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("stage.json")}.items()
+    expected = [row for row in table(finished)["rows"] if row["fraction"] == 1.0 and row["set"] == "test"]
+    assert table(out)["rows"] == expected
+
+
+def test_supervised_without_labels_is_told_and_not_run(split_data, tmp_path):
+    data = shutil.copytree(split_data, tmp_path / "data")
+    rows = _manifest(data)
+    with (data / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [key for key in rows[0] if key != "label"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert reproduce("g2ll-table1", data, None, "smoke", (), None, tmp_path / "out", ('grid.rows=["supervised"]',)) == 0
+    assert "column 'label'" in table(tmp_path / "out")["not_run"]["supervised"]
+    assert "| supervised | not run: " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_pretraining_that_ends_badly_is_a_row_of_the_table(split_data, tmp_path):
+    settings = ('grid.rows=["mae"]', "pretrain.lr=1e30", "run.device=cpu")
+    assert reproduce("tedmae", split_data, None, "smoke", (), None, tmp_path / "out", settings) == 1
+    assert "became" in table(tmp_path / "out")["not_run"]["mae"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_full_budget_is_the_papers_setting(name, tmp_path):
+    order = place_order(name, "full", tmp_path, tmp_path, None, (), ())
+    recipes = {row: recipe for row in order.rows if (recipe := order.pretrain_recipe(row, 0)) is not None}
+    assert len(recipes) == len(order.rows) - 1
+    told = deviations(PAPERS[name], "pretrain", recipes)
+    told += deviations(PAPERS[name], "finetune", {"all": order.finetune_recipe(1.0, 0)})
+    assert [text for text in told if "does not say" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("table_name", "settings", "message"),
+    [
+        ("g2ll-table", (), "Did you mean 'g2ll-table"),
+        ("tedmae", ("run.seed=3",), "use grid.seeds"),
+        ("tedmae", ("grid.seeds=0",), r"grid\.seeds must be"),
+        ("tedmae", ('grid.rows=["al"]',), "Did you mean 'all'"),
+        ("tedmae", ("pretrain.epohcs=3",), "Did you mean 'pretrain.epochs'|Did you mean 'epochs'"),
+        ("tedmae", (), "missing: give the folder"),
+    ],
+)
+def test_a_wrong_word_gets_a_sentence(table_name, settings, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        reproduce(table_name, tmp_path / "nowhere", None, "smoke", (), None, tmp_path / "out", settings)
+
+
+def test_data_without_splits_are_refused(drawn, tmp_path):
+    with pytest.raises(UserError, match=r"for val and test.*column 'split'"):
+        reproduce("tedmae", drawn, None, "smoke", (), None, tmp_path / "out")
+
+
+def test_an_interval_holds_the_chance_of_the_seeds():
+    def results(dice):
+        metrics = dict.fromkeys(("dice", "iou", "dice_256", "iou_256", "hd95_256"), dice)
+        same = {"missed": False, "height": 8, "width": 8, "truth_fraction": 0.5}
+        return [{"name": f"c{i}", "group": f"c{i}", **metrics, **same} for i in range(5)]
+
+    alike = describe_cell({0: results(0.25), 1: results(0.25)})["dice"]
+    apart = describe_cell({0: results(0.0), 1: results(1.0)})["dice"]
+    assert alike == {"mean": 0.25, "low": 0.25, "high": 0.25, "per_seed": [0.25, 0.25]}
+    assert apart == {"mean": 0.5, "low": 0.0, "high": 1.0, "per_seed": [0.0, 1.0]}
