@@ -23,7 +23,7 @@ from fewmask.data.preprocess import resize_image, resize_mask
 from fewmask.data.reading import read_image, read_mask
 from fewmask.types import Case, UserError
 
-VERSION = 1
+VERSION = 2
 """Counted up whenever reading or resizing changes what a cache holds."""
 
 _CHUNK = 16
