@@ -189,3 +189,32 @@ def serve(
     from fewmask.commands.serve import serve as command
 
     raise typer.Exit(command(model, port, host))
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="g2ll-table1, g2ll-table2 or tedmae.")],
+    data: Annotated[Path, typer.Option(help="Folder whose manifest gives every mask its split.")],
+    settings: Settings = None,
+    manifest: Manifest = None,
+    budget: Annotated[
+        str, typer.Option(help="smoke (seconds), cpu (hours on two cores) or full (the paper's).")
+    ] = "cpu",
+    unlabelled: Unlabelled = None,
+    unseen: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Another data set with masks, to score every segmenter on."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Where the runs and table.md go (runs/TABLE-BUDGET); the same command resumes there."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a table of a paper on your data: grid.seeds=3, grid.rows='["mae", "g2ll"]', grid.fractions='[0.1, 1.0]'.
+
+    Leaves table.json and table.md beside the runs, written anew after each. Stop it at any time.
+    """
+    from fewmask.commands.reproduce import reproduce as command
+
+    raise typer.Exit(command(table, data, manifest, budget, unlabelled or [], unseen, out, settings or [], as_json))

@@ -66,10 +66,11 @@ _FINETUNE = {
 }  # fmt: skip
 BUDGETS: dict[str, dict[str, Any]] = {
     "smoke": {
-        "grid.seeds": 2, "model.encoder": "vit_tiny_patch16", "model.size": 64,
+        **_FINETUNE, "grid.seeds": 2, "model.encoder": "vit_tiny_patch16", "model.size": 64,
         "model.segmenter_settings": {"decoder_channels": [32, 16, 16, 8]},
         "pretrain.epochs": 1, "pretrain.batch_size": 4, "pretrain.min_epoch_steps": 2,
-        "finetune.epochs": 1, "finetune.batch_size": 4, "finetune.min_epoch_steps": 2,
+        "finetune.epochs": 1, "finetune.batch_size": 4, "finetune.min_epoch_steps": 12, "finetune.lr": 3e-3,
+        "finetune.method.average": 0.0,
     },
     "cpu": {
         **_FINETUNE, "grid.pretrain_time": "20m", "grid.finetune_time": "4m", "grid.num_unseen": 500,

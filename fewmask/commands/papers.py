@@ -60,6 +60,7 @@ _TEDMAE: Figures = {
 }
 
 _MODEL = {"model.encoder": "vit_small_patch16", "model.size": 256, "model.weights": "none"}
+_SILENT = ("weight_decay", "layer_decay", "min_epoch_steps", "method.average")
 _G2LL_SETTINGS = {
     "pretrain": {
         **_MODEL, "pretrain.optimiser": "adamw", "pretrain.lr": 1.5e-4, "pretrain.batch_size": 128,
@@ -67,8 +68,8 @@ _G2LL_SETTINGS = {
     },
     "finetune": {
         **_MODEL, "model.segmenter": "transunet", "finetune.optimiser": "adam", "finetune.lr": 3e-4,
-        "finetune.batch_size": 16, "finetune.epochs": 100, "finetune.layer_decay": 1.0,
-        "finetune.min_epoch_steps": 1, "run.time": "none",
+        "finetune.batch_size": 16, "finetune.epochs": 100, "run.time": "none",
+        **dict.fromkeys((f"finetune.{key}" for key in _SILENT), NOT_SAID),
     },
 }  # fmt: skip
 _DECODER = {"decoder_dim": 384, "decoder_depth": 2, "decoder_heads": 6}

@@ -171,6 +171,9 @@ def _all_deviations(
     if trainings:
         epochs = ", ".join(f"{done['epochs']:g} for {done['row']}" for done in trainings if done["seed"] == 0)
         found.append(f"Pre-training, epochs done before the training ended: {epochs}.")
+    stages = [order.finetuning(*cell) / "finetune" / "stage.json" for cell in cells(order, left_out)]
+    if done := [read_json(path)["epochs"] for path in stages if path.exists()]:
+        found.append(f"Fine-tuning, epochs done before the training ended: {min(done):g} to {max(done):g}.")
     found += [*_data_deviations(order, scene, paper, trainings), *_seeds(order, paper)]
     return [*found, *([paper.remark] if paper.remark else [])]
 

@@ -83,6 +83,7 @@ def test_means_and_differences_are_those_of_the_csv_files(finished, name):
             assert row[metric]["low"] <= row[metric]["mean"] <= row[metric]["high"]
             per_case[row["row"], row["fraction"], metric] = np.mean(values, axis=0)
     assert len(per_case) == 2 * 2 * 3
+    assert min(values.mean() for (_, _, metric), values in per_case.items() if metric == "dice") > 0
     differences = [row for row in found["differences"] if row["set"] == name]
     assert [(row["row"], row["against"], row["fraction"]) for row in differences] == [
         ("mae", "random", 0.5), ("mae", "random", 1.0),
@@ -90,6 +91,8 @@ def test_means_and_differences_are_those_of_the_csv_files(finished, name):
     for row in differences:
         ours, theirs = (per_case[side, row["fraction"], "dice"] for side in ("mae", "random"))
         assert row["difference"] == pytest.approx(np.mean(ours - theirs))
+        assert row["difference"] != 0
+        assert row["low"] <= row["difference"] <= row["high"]
         assert 0 < row["p_value"] <= 1
 
 
@@ -104,6 +107,7 @@ def test_the_papers_figures_and_the_deviations_are_told(finished):
         "pretrain.batch_size: the paper has 128, here 4.",
         "model.encoder: the paper has vit_small_patch16, here vit_tiny_patch16.",
         "finetune.epochs: the paper has 100, here 1.",
+        "Fine-tuning, epochs done before the training ended: 1 to 1.",
         "here 2 of fine-tuning a cell",
         "here images of data: ",
     ):
