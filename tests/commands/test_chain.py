@@ -152,7 +152,7 @@ def start(command, out, cache):
     )  # fmt: skip
 
 
-def wait_for(path_of, seconds=100):
+def wait_for(path_of, seconds=200):
     """Wait until `path_of()` is true."""
     for _ in range(seconds * 20):
         if path_of():
@@ -165,6 +165,7 @@ def weights(run):
     return [(run / stage / "model.safetensors").read_bytes() for stage in ("pretrain", "finetune")]
 
 
+@pytest.mark.timeout(600)
 def test_killed_in_each_stage_and_resumed_gives_the_same_weights(drawn, tmp_path):
     more = ["pretrain.min_epoch_steps=40", "finetune.min_epoch_steps=40", *ALWAYS_SAVE]
     command = ["-m", "fewmask", "run", str(drawn), *TINY, *more]
@@ -185,6 +186,7 @@ def test_killed_in_each_stage_and_resumed_gives_the_same_weights(drawn, tmp_path
     assert weights(killed) == weights(whole)
 
 
+@pytest.mark.timeout(600)
 def test_sigterm_exits_130_and_resumes(drawn, tmp_path):
     command = ["-m", "fewmask", "run", str(drawn), *TINY, "pretrain.epochs=3000"]
     out = tmp_path / "run"
@@ -192,21 +194,22 @@ def test_sigterm_exits_130_and_resumes(drawn, tmp_path):
     log = out / "pretrain" / "log.jsonl"
     wait_for(lambda: log.exists() and log.read_text().count("\n") > 2)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "the same command goes on from here" in err
     assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
     # Another time may be asked for when resuming; it ends what the epochs would not.
     process = start([*command, "run.time=1s"], out, tmp_path / "cache")
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert '"kind": "resume"' in log.read_text()
 
 
+@pytest.mark.timeout(600)
 def test_two_processes_do_the_whole_chain(drawn, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start([*launcher, "-m", "fewmask", "run", str(drawn), *TINY], tmp_path / "run", tmp_path / "cache")
-    _, err = process.communicate(timeout=110)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     facts = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())
     assert facts["num_processes"] == 2
