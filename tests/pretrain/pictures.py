@@ -20,3 +20,17 @@ def raw_batch(num: int = 3, side: int = 72, seed: int = 0) -> Batch:
     superpixels = (third[:, None] * 3 + third[None]).to(torch.uint8).expand(num, 1, -1, -1).contiguous()
     label = torch.arange(num) % 2
     return Batch(image, [str(i) for i in range(num)], label=label, extra={"superpixels": superpixels})
+
+
+def views_of(subject, num: int = 3) -> Batch:
+    """The batch a method's views make of the raw one, always the same."""
+    torch.manual_seed(1)
+    return subject.views()(raw_batch(num))
+
+
+@torch.no_grad()
+def set_apart(subject) -> None:
+    """Make the teacher differ from the student, and the centre from zero."""
+    for parameter in subject.teacher.parameters():
+        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    subject.centre.value.normal_(std=0.1)

@@ -59,7 +59,11 @@ def test_the_guard_stops_after_its_patience(signs, sentence):
 
 
 def test_a_healthy_step_starts_the_count_anew():
-    run(CollapseGuard("", patience=5), ([(True, True)] * 4 + [(False, False)]) * 3)
+    guard = CollapseGuard("", patience=5)
+    run(guard, ([(True, True)] * 4 + [(False, False)]) * 3)
+    assert (guard.low_std.item(), guard.low_information.item()) == (0, 0)
+    run(guard, [(True, True)] * 4)
+    assert (guard.low_std.item(), guard.low_information.item()) == (4, 4)
 
 
 def test_the_guard_is_quiet_in_the_grace_period_in_eval_mode_and_when_switched_off():

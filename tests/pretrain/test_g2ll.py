@@ -13,7 +13,7 @@ from fewmask.pretrain.g2ll import G2LL
 from fewmask.pretrain.self_distillation import ema_momentum
 from fewmask.pretrain.student import Hidden
 from fewmask.types import Batch, UserError
-from tests.pretrain.pictures import SIZE, SMALL, raw_batch
+from tests.pretrain.pictures import SIZE, SMALL, set_apart, views_of
 
 ENCODERS = ["vit_tiny_patch16", "resnet18"]
 
@@ -24,16 +24,8 @@ def g2ll(encoder: str = "vit_tiny_patch16", **settings) -> G2LL:
     subject = G2LL(
         build_encoder(encoder, size=SIZE), decoder_dim=48, decoder_depth=1, decoder_heads=2, **SMALL | settings
     )
-    with torch.no_grad():
-        for parameter in subject.teacher.parameters():
-            parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-        subject.centre.value.normal_(std=0.1)
+    set_apart(subject)
     return subject
-
-
-def seen(subject: G2LL, num: int = 3) -> Batch:
-    torch.manual_seed(1)
-    return subject.views()(raw_batch(num))
 
 
 @torch.no_grad()
@@ -66,7 +58,7 @@ def literal_terms(subject: G2LL, batch: Batch, cross: bool = False) -> tuple[flo
 @pytest.mark.parametrize("mask", ["random", "semantic", "semantic_focal"])
 def test_the_loss_equals_the_equations_with_each_view_paired_with_itself(encoder, mask):
     subject = g2ll(encoder, mask=mask, reconstruction_weight=0.5, distillation_weight=2.0).eval()
-    batch = seen(subject)
+    batch = views_of(subject)
     batch.extra["second"] = -batch.image  # so far from u that a pairing of u with v could not go unseen
     reconstruction, distillation = literal_terms(subject, batch)
     torch.manual_seed(2)
@@ -81,7 +73,7 @@ def test_the_loss_equals_the_equations_with_each_view_paired_with_itself(encoder
 def test_the_teacher_sees_whole_views_and_takes_no_gradient():
     subject, lengths = g2ll(), []
     subject.teacher.encoder.body.blocks[0].register_forward_hook(lambda m, i, output: lengths.append(output.shape[:2]))
-    subject(seen(subject))["loss"].backward()
+    subject(views_of(subject))["loss"].backward()
     assert lengths == [(6, 17)]
     assert all(p.grad is None for p in subject.teacher.parameters())
     unreached = [
@@ -93,7 +85,7 @@ def test_the_teacher_sees_whole_views_and_takes_no_gradient():
 
 def test_a_step_moves_the_centre_and_after_it_the_teacher():
     subject = g2ll(momentum=0.9)
-    batch, centre = seen(subject), subject.centre.value.clone()
+    batch, centre = views_of(subject), subject.centre.value.clone()
     before = copy.deepcopy(subject.teacher)
     subject(batch)
     scores = before.scores(torch.cat([batch.image, batch.extra["second"]]))
@@ -109,13 +101,13 @@ def test_a_step_moves_the_centre_and_after_it_the_teacher():
 def test_evaluation_moves_nothing():
     subject = g2ll("resnet18").eval()
     before = {name: value.clone() for name, value in subject.state_dict().items()}
-    subject(seen(subject))
+    subject(views_of(subject))
     assert all(torch.equal(before[name], value) for name, value in subject.state_dict().items())
 
 
 def test_u_and_v_have_masks_of_their_own():
     subject = g2ll()
-    batch = seen(subject)
+    batch = views_of(subject)
     masks = []
     original = subject.masking
     subject.masking = lambda b, g=None: masks.append(original(b, g)) or masks[-1]  # type: ignore[assignment]
@@ -129,7 +121,7 @@ def test_u_and_v_have_masks_of_their_own():
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_training_lowers_the_reconstruction(encoder):
     subject = g2ll(encoder)
-    batch, errors = seen(subject, 2), []
+    batch, errors = views_of(subject, 2), []
     optimiser = torch.optim.AdamW([p for p in subject.parameters() if p.requires_grad], lr=1e-3)
     for step in range(20):
         torch.manual_seed(5)
@@ -144,7 +136,7 @@ def test_training_lowers_the_reconstruction(encoder):
 
 def test_preview_shows_view_superpixels_masked_and_reconstruction():
     subject = g2ll().eval()
-    batch = seen(subject)
+    batch = views_of(subject)
     state = torch.get_rng_state()
     strip = subject.preview(batch)["reconstruction"]
     assert torch.equal(state, torch.get_rng_state())
@@ -179,9 +171,9 @@ def test_bad_settings_are_told(settings, sentence):
 
 def test_bad_batches_are_told():
     subject = g2ll()
-    batch = seen(subject)
+    batch = views_of(subject)
     with pytest.raises(UserError, match=r"this batch holds one image: set pretrain\.batch_size to 2 or more"):
-        subject(seen(subject, 1))
+        subject(views_of(subject, 1))
     with pytest.raises(UserError, match="needs the superpixels"):
         subject(replace(batch, extra={"second": batch.extra["second"]}))
     with pytest.raises(UserError, match="pass it through its views"):

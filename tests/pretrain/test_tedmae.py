@@ -12,7 +12,7 @@ from fewmask.pretrain.mae import MAE
 from fewmask.pretrain.student import Hidden
 from fewmask.pretrain.tedmae import TEDMAE
 from fewmask.types import Batch, UserError
-from tests.pretrain.pictures import SIZE, SMALL, raw_batch
+from tests.pretrain.pictures import SIZE, SMALL, raw_batch, set_apart, views_of
 
 DECODER = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 2}
 ROWS = [
@@ -26,16 +26,8 @@ def tedmae(encoder: str = "vit_tiny_patch16", **settings) -> TEDMAE:
     torch.manual_seed(0)
     subject = TEDMAE(build_encoder(encoder, size=SIZE), **DECODER, **SMALL | settings)
     if subject.teacher is not None:
-        with torch.no_grad():
-            for parameter in subject.teacher.parameters():
-                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-            subject.centre.value.normal_(std=0.1)
+        set_apart(subject)
     return subject
-
-
-def seen(subject: TEDMAE, num: int = 3) -> Batch:
-    torch.manual_seed(1)
-    return subject.views()(raw_batch(num))
 
 
 def tokens_of(encoder, image: torch.Tensor) -> torch.Tensor:
@@ -77,7 +69,7 @@ def literal_terms(subject: TEDMAE, batch: Batch) -> tuple[float, float]:
 @pytest.mark.parametrize("row", ROWS)
 def test_the_loss_equals_its_equations(encoder, distillation, row):
     subject = tedmae(encoder, distillation=distillation, distillation_weight=2.0, **row).eval()
-    batch = seen(subject)
+    batch = views_of(subject)
     reconstruction, distilled = literal_terms(subject, batch)
     torch.manual_seed(2)
     terms = subject(batch)
@@ -104,7 +96,7 @@ def test_without_its_teacher_it_is_mae():
 @pytest.mark.parametrize("row", ROWS)
 def test_gradient_reaches_all_that_learns_and_nothing_of_the_teacher(distillation, row):
     subject = tedmae(distillation=distillation, **row)
-    subject(seen(subject))["loss"].backward()
+    subject(views_of(subject))["loss"].backward()
     assert all(p.grad is None for p in subject.teacher.parameters())
     unreached = [
         name for name, p in subject.named_parameters()
@@ -145,7 +137,7 @@ def test_equal_views_merge_into_themselves():
 
 def test_preview_shows_reconstruction_and_conversion():
     subject = tedmae().eval()
-    batch = seen(subject)
+    batch = views_of(subject)
     state = torch.get_rng_state()
     shown = subject.preview(batch)
     assert torch.equal(state, torch.get_rng_state())
@@ -160,6 +152,6 @@ def test_bad_settings_and_batches_are_told():
         tedmae(reduction=0)
     subject = tedmae()
     with pytest.raises(UserError, match="this batch holds one image"):
-        subject(seen(subject, 1))
+        subject(views_of(subject, 1))
     with pytest.raises(UserError, match="pass it through its views"):
         subject(Batch(torch.zeros(2, 3, SIZE, SIZE), ["a", "b"]))
