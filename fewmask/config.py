@@ -39,11 +39,16 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where and for how long the run works."""
+    """Where and for how long the run works.
+
+    `clock` "cpu" counts a stage's time in processor seconds, of all threads together: for comparisons on a machine that
+    has other work, where the wall clock would favour whoever ran alone.
+    """
 
     out: Path | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     time: str = "none"
+    clock: Literal["wall", "cpu"] = "wall"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     threads: Annotated[int, Field(ge=0)] = 0

@@ -39,7 +39,9 @@ def _masked(mask: str) -> Row:
 
 
 TABLES: dict[str, dict[str, Row]] = {
-    "g2ll-table1": {"random": Row(), **{name: Row(name) for name in ("supervised", "mae", "dino", "g2ll")}},
+    "g2ll-table1": {
+        "random": Row(), **{name: Row(name) for name in ("supervised", "mae", "dino", "g2ll", "tedmae")}
+    },
     "g2ll-table2": {
         "random": Row(),
         "mask-random": _masked("random"),

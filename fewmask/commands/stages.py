@@ -45,7 +45,7 @@ def with_precision(recipe: Recipe) -> Recipe:
 
 def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = None) -> Path:
     """Train the encoder on every image that is no test image nor a copy of one; return the path of its weights."""
-    section, stage = recipe.stage("pretrain"), Stage(run, "pretrain", budget)
+    section, stage = recipe.stage("pretrain"), Stage(run, "pretrain", budget, recipe.run.clock)
     path = stage.folder / "model.safetensors"
     if stage.done:
         return path
@@ -68,7 +68,7 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
 
     `weights` is where the encoder starts from: a path or a word that `model.weights` takes.
     """
-    section, stage = recipe.stage("finetune"), Stage(run, "finetune", budget)
+    section, stage = recipe.stage("finetune"), Stage(run, "finetune", budget, recipe.run.clock)
     path = stage.folder / "model.safetensors"
     if stage.done:
         return path

@@ -14,16 +14,23 @@ from fewmask.engine.run import Run, is_main, read_json, write_json
 from fewmask.types import UserError
 
 
-class Stage:
-    """One training within a run; `budget` is its time in seconds, None for as long as its epochs take."""
+CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 
-    def __init__(self, run: Run, name: str, budget: float | None = None) -> None:
-        self.run, self.name = run, name
+
+class Stage:
+    """One training within a run; `budget` is its time in seconds, None for as long as its epochs take.
+
+    `clock` says which time: "wall", or "cpu", the processor time of all threads together, which other work on the same
+    machine does not use up.
+    """
+
+    def __init__(self, run: Run, name: str, budget: float | None = None, clock: str = "wall") -> None:
+        self.run, self.name, self.now = run, name, CLOCKS[clock]
         self.folder = run.folder / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.budget = budget
         self.seconds_before = 0.0
-        self._started = time.monotonic()
+        self._started = self.now()
         self._log: TextIO | None = None
         self._board: Any = None
 
@@ -40,12 +47,12 @@ class Stage:
     @property
     def elapsed(self) -> float:
         """Seconds spent on this stage, those of earlier processes included."""
-        return self.seconds_before + time.monotonic() - self._started
+        return self.seconds_before + self.now() - self._started
 
     @contextmanager
     def logging(self, tensorboard: bool = False) -> Iterator[None]:
         """Open log.jsonl for appending (and TensorBoard when asked), and start the clock."""
-        self._started = time.monotonic()
+        self._started = self.now()
         if not is_main():
             yield
             return

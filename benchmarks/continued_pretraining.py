@@ -1,0 +1,123 @@
+"""Does continued pre-training on unlabelled images help a mobile CNN that already has ImageNet weights?
+
+An arm is a pre-training from the packaged ImageNet weights of EfficientNet-Lite0, or none: the control. Each is then
+fine-tuned with the same recipe for the same time on the same few masks, drawn anew by each seed, and scored on the test
+split. Arms are compared image by image, averaged over the seeds. A finished run is not run again.
+
+    python benchmarks/continued_pretraining.py DATA --manifest manifest_isic2017.csv --unlabelled HAM10000 --out RUNS \\
+        --arm simmim --arm "dino pretrain.lr=6e-5" --fractions 0.01 0.1 --seeds 3
+
+An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart ("slow:dino pretrain.lr=1e-5").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from fewmask.commands.table import average_seeds, describe_cell
+from fewmask.engine.run import read_json, write_json
+from fewmask.evaluate.score import compare, read_case_csv
+
+MODEL = ("model.encoder=efficientnet_lite0", "model.size=128")
+CONTROL = "none"
+
+
+def fewmask(*words: str) -> None:
+    """Run a verb of fewmask with this interpreter; a failure ends the benchmark."""
+    subprocess.run([sys.executable, "-m", "fewmask", *words], check=True)
+
+
+def parse_arm(text: str) -> tuple[str, list[str]]:
+    """Return an arm's name and its recipe with settings."""
+    name, colon, rest = text.partition(":")
+    words = shlex.split(rest if colon else text)
+    return (name if colon else words[0]), words
+
+
+def pretrain(args: argparse.Namespace, name: str, words: list[str]) -> Path:
+    """Pre-train an arm's encoder unless that is done; return its weights."""
+    out = args.out / f"{name}-pretrain"
+    path = out / "pretrain" / "model.safetensors"
+    if not (out / "pretrain" / "stage.json").exists():
+        unlabelled = json.dumps([str(folder) for folder in args.unlabelled])
+        fewmask(
+            "pretrain", words[0], *MODEL, "model.weights=packaged", *data_settings(args), f"run.out={out}",
+            f"data.unlabelled={unlabelled}", f"run.time={args.pretrain_time}", *words[1:],
+        )  # fmt: skip
+    return path
+
+
+def data_settings(args: argparse.Namespace) -> list[str]:
+    """Return the settings that every run shares."""
+    return [f"data.root={args.data}", f"data.manifest={args.manifest}", f"run.threads={args.threads}"]
+
+
+def finetune(args: argparse.Namespace, name: str, weights: str, fraction: float, seed: int) -> None:
+    """Fine-tune and score one cell with one seed unless that is done."""
+    out = args.out / name / f"{fraction:g}-{seed}"
+    if (out / "metrics.json").exists():
+        return
+    fewmask(
+        "finetune", "unet", *MODEL, f"model.weights={weights}", *data_settings(args), f"run.out={out}",
+        f"run.seed={seed}", f"data.label_fraction={fraction}", f"run.time={args.finetune_time}", *args.finetune,
+    )  # fmt: skip
+    fewmask("evaluate", str(out), str(args.data), "--manifest", args.manifest)
+
+
+def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
+    """Return what is finished so far, ready for JSON."""
+    cells, differences, found = [], [], {}
+    for name in arms:
+        for fraction in args.fractions:
+            paths = {s: args.out / name / f"{fraction:g}-{s}" / "cases_test.csv" for s in range(args.seeds)}
+            found[name, fraction] = {s: read_case_csv(path) for s, path in paths.items() if path.exists()}
+    for (name, fraction), by_seed in found.items():
+        if not by_seed:
+            continue
+        cells.append({"arm": name, "fraction": fraction, **describe_cell(by_seed)})
+        control = found.get((CONTROL, fraction), {})
+        if name != CONTROL and (seeds := sorted(by_seed.keys() & control.keys())):
+            paired = compare(average_seeds(by_seed, seeds), average_seeds(control, seeds))
+            differences.append({"arm": name, "fraction": fraction, "seeds": seeds, **paired})
+    stages = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
+    return {
+        "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
+        "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "cells": cells, "differences": differences,
+        "pretraining": {name: read_json(path) for name, path in stages.items() if path.exists()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the arms one after another and write table.json after each cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--manifest", default="manifest.csv")
+    parser.add_argument("--unlabelled", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arm", action="append", default=[], help="a recipe and settings; the control always runs")
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.1])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pretrain-time", default="10m")
+    parser.add_argument("--finetune-time", default="4m")
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
+    args = parser.parse_args()
+    arms: dict[str, list[str] | None] = {CONTROL: None, **dict(map(parse_arm, args.arm))}
+    weights = {name: str(pretrain(args, name, words)) if words else "packaged" for name, words in arms.items()}
+    for seed in range(args.seeds):
+        for fraction in args.fractions:
+            for name in arms:
+                finetune(args, name, weights[name], fraction, seed)
+                write_json(args.out / "table.json", table(args, arms))
+    for cell in table(args, arms)["cells"]:
+        print(f"{cell['arm']} {cell['fraction']:g}: Dice {cell['dice']['mean']:.4f}, {cell['dice']['per_seed']}")
+
+
+if __name__ == "__main__":
+    main()
