@@ -117,6 +117,31 @@ def finetune(recipe: RecipeName, settings: Settings = None) -> None:
 
 
 @app.command()
+def select(recipe: RecipeName, settings: Settings = None, as_json: Json = False) -> None:
+    """Try auxiliary tasks, before and beside fine-tuning, and keep the better way of each by validation Dice.
+
+    fewmask select two_stage data.root=MY_FOLDER run.out=TASKS; then learn from all of them: fewmask distill ...
+    distill.teachers='["TASKS"]'. Stop it at any time; the same command resumes.
+    """
+    from fewmask.commands.select import select as command
+
+    raise typer.Exit(command(recipe, settings or [], as_json))
+
+
+@app.command()
+def distill(recipe: RecipeName, settings: Settings = None) -> None:
+    """Train a small student from a large teacher: fewmask distill tiny_unet data.root=MY_FOLDER run.out=SMALL
+    distill.teachers='["RUN"]'.
+
+    Images without a mask help too: there the student learns from what the teacher says. The student is what [student]
+    describes; two or more teachers are an ensemble.
+    """
+    from fewmask.commands.verbs import stage
+
+    raise typer.Exit(stage("distill", recipe, settings or []))
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     data: Data,
@@ -193,7 +218,7 @@ def serve(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="g2ll-table1, g2ll-table2 or tedmae.")],
+    table: Annotated[str, typer.Argument(help="g2ll-table1, g2ll-table2, tedmae or boundary-distillation.")],
     data: Annotated[Path, typer.Option(help="Folder whose manifest gives every mask its split.")],
     settings: Settings = None,
     manifest: Manifest = None,
@@ -212,6 +237,9 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Measure a table of a paper on your data: grid.seeds=3, grid.rows='["mae", "g2ll"]', grid.fractions='[0.1, 1.0]'.
+
+    In boundary-distillation, grid.student names the student's recipe (tiny_unet, mobile_unet or a file), model.* the
+    teacher that each cell trains, and grid.teachers='["RUN"]' a teacher of your own instead.
 
     Leaves table.json and table.md beside the runs, written anew after each. Stop it at any time.
     """

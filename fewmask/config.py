@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fewmask.types import UserError
 
-STAGES = ("pretrain", "finetune")
+STAGES = ("pretrain", "finetune", "distill")
 
 
 _UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -76,15 +76,21 @@ class DataSection(Section):
     licence: str | None = None
 
 
-class ModelSection(Section):
-    """The network: an encoder, where its weights come from, the segmenter around it, and the working size."""
+class StudentSection(Section):
+    """The network that the distill stage trains; it sees images of `model.size`."""
 
     encoder: str = "efficientnet_lite0"
     weights: str = "packaged"
-    segmenter: str = "unet"
-    size: Annotated[int, Field(ge=16, le=2048)] = 128
+    segmenter: str = "mobile_unet"
     encoder_settings: dict[str, Any] = {}
     segmenter_settings: dict[str, Any] = {}
+
+
+class ModelSection(StudentSection):
+    """The network: an encoder, where its weights come from, the segmenter around it, and the working size."""
+
+    segmenter: str = "unet"
+    size: Annotated[int, Field(ge=16, le=2048)] = 128
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -93,7 +99,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class StageSection(Section):
     """One training: its method and how it is optimised.
 
-    In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest.
+    In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest. `probe_every` is the
+    number of epochs between two looks at how well the features tell classes apart (pre-training only; 0: never).
     """
 
     method: dict[str, Any]
@@ -111,6 +118,7 @@ class StageSection(Section):
     min_epoch_steps: Annotated[int, Field(ge=1)] = 20
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    probe_every: Annotated[int, Field(ge=0)] = 0
 
     @field_validator("method")
     @classmethod
@@ -120,14 +128,45 @@ class StageSection(Section):
         return value
 
 
+class DistillSection(StageSection):
+    """The training of a student: from which teachers, and on which images.
+
+    `teachers` are run folders or model files; none, in a chain, means the segmenter the chain has just fine-tuned.
+    With `unlabelled`, every image that may be learnt from takes part, and `labelled_share` of each batch has masks.
+    With `predict_once` the teachers look at each of these images once, before the training, and their answers move with
+    the augmentation: many times faster, for a student that learns from predictions alone (`method.losses={}`).
+    """
+
+    teachers: list[Path] = []
+    unlabelled: bool = True
+    labelled_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    predict_once: bool = False
+
+
+class SelectSection(Section):
+    """Which auxiliary tasks are tried, in which modes, and with which weights in the joint one.
+
+    Every candidate is trained as [pretrain] and [finetune] say, `task_settings.TASK` added to the task's method; with
+    `run.time`, that is the time of one candidate, of which pre-training takes `pretrain.share`.
+    """
+
+    tasks: list[str] = ["rotation", "jigsaw", "contrastive", "restoration", "boundary_distance"]
+    modes: list[Literal["joint", "pretrain"]] = ["joint", "pretrain"]
+    weights: list[Annotated[float, Field(gt=0)]] = [0.1, 0.3, 1.0]
+    task_settings: dict[str, dict[str, Any]] = {}
+
+
 class Recipe(Section):
     """Everything a run was told; saved in the run and in every checkpoint."""
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
+    student: StudentSection = StudentSection()
     pretrain: StageSection | None = None
     finetune: StageSection | None = None
+    distill: DistillSection | None = None
+    select: SelectSection | None = None
 
     def stage(self, name: str) -> StageSection:
         """Return a stage's section, or raise a UserError that names it."""
@@ -160,9 +199,13 @@ def load_recipe(
         full = f"{stage}.{key}" if stage and key.split(".")[0] == "method" else key
         _set(values, full, value)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+    for other in STAGES:
+        if other != "pretrain" and (section := getattr(recipe, other)) is not None and section.probe_every:
+            raise UserError(f"Setting '{other}.probe_every' is of no use: the probe looks at pre-training only.")
+    return recipe
 
 
 def _read(name: str | Path) -> dict[str, Any]:
@@ -213,5 +256,8 @@ def _explain(error: ValidationError) -> str:
 
 
 def _keys_of(section: str) -> list[str]:
-    models: dict[str, type[Section]] = {"run": RunSection, "data": DataSection, "model": ModelSection, "": Recipe}
+    models: dict[str, type[Section]] = {
+        "run": RunSection, "data": DataSection, "model": ModelSection, "student": StudentSection,
+        "distill": DistillSection, "select": SelectSection, "": Recipe,
+    }  # fmt: skip
     return sorted(models.get(section, StageSection).model_fields)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fewmask.types import Batch, Views
+
+OtherImages = Literal["none", "all", "labelled"]
 
 
 def identity(batch: Batch) -> Batch:
@@ -19,10 +21,11 @@ def identity(batch: Batch) -> Batch:
 class Objective(nn.Module, ABC):
     """Something to be minimised, and what is kept of it afterwards.
 
-    `needs_labels` says that images without a class label are of no use to it.
+    `needs_labels` says that images without a class label are of no use to it, `needs_masks` those without a mask.
     """
 
     needs_labels: bool = False
+    needs_masks: bool = False
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -39,6 +42,11 @@ class Objective(nn.Module, ABC):
     def maps(self) -> Mapping[str, Any]:
         """Return how to make what `Batch.extra` must hold of each image, by name: "superpixels" -> a `Slic`."""
         return {}
+
+    @property
+    def other_images(self) -> OtherImages:
+        """Which images `Batch.other` must hold beside each batch."""
+        return "none"
 
     def after_step(self, progress: float) -> None:
         """Update what is not learnt by gradient (EMA and the like); `progress` runs from 0 to 1 over the training."""

@@ -47,6 +47,7 @@ def test_method_is_short_for_the_stage(tmp_path):
         ("data.label_fraction=0", "Setting 'data.label_fraction' cannot be 0"),
         ("data.label_fraction=1.5", "cannot be 1.5"),
         ("run.device=gpu", "cannot be 'gpu'"),
+        ("finetune.probe_every=2", "'finetune.probe_every' is of no use: the probe looks at pre-training only"),
         ("finetune.epochs", "write it as key=value"),
         ("run.seed.deep=3", "is a value and not a section"),
     ],

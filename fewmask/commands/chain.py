@@ -1,4 +1,4 @@
-"""`fewmask run`: check, pretrain, finetune, evaluate, export, report; a stage that is done is not done again."""
+"""`fewmask run`: check, pretrain, finetune, distill, evaluate, export, report; what is done is not done again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fewmask.commands.distillation import compare_student, distill, lost_and_gained
 from fewmask.commands.evaluate import evaluate_cases, sentence
 from fewmask.commands.export import export_run
 from fewmask.commands.prepare import Prepared, prepare
@@ -63,7 +64,12 @@ def chain(recipe: Recipe, out: Path) -> None:
         weights, section = recipe.model.weights, recipe.pretrain
         if section is not None and section.epochs and worth_pretraining(recipe, prepared):
             weights = str(pretrain(folder, recipe, prepared, time_for(folder, prepared, section.share)))
-        finetune(folder, recipe, prepared, weights, time_for(folder, prepared))
+        distils = recipe.distill is not None and recipe.distill.epochs > 0
+        share = recipe.stage("finetune").share if distils else 1.0
+        teacher = finetune(folder, recipe, prepared, weights, time_for(folder, prepared, share))
+        if recipe.distill is not None and distils:
+            teachers = recipe.distill.teachers or [teacher]
+            distill(folder, recipe, prepared, teachers, time_for(folder, prepared))
         if is_main():
             deliver(folder, prepared)
     if is_main():
@@ -88,25 +94,45 @@ def time_for(folder: Run, data: Prepared, share: float = 1.0) -> float | None:
         return None
     left = max(folder.budget - folder.spent - folder.elapsed, 20.0)
     num_scored = len(data.of_split("test")) + len(data.of_split("val"))
+    if folder.config.get("distill"):  # then teacher and student are both evaluated
+        num_scored *= 2
     return share * (left - min(RESERVE_SECONDS + SECONDS_PER_CASE * num_scored, 0.3 * left))
 
 
 def deliver(folder: Run, data: Prepared) -> None:
-    """Evaluate, and export; each only when its result is not there yet."""
-    path = folder.folder / "metrics.json"
+    """Evaluate, export, and set student beside teacher; each only when its result is not there yet."""
+    distilled = (folder.folder / "distill" / "stage.json").exists()
+    for stage in ["finetune", None] if distilled else [None]:
+        score(folder, data, stage)
+        export_once(folder, stage)
+    if not data.of_split("test"):
+        Progress("evaluate").close("there are too few masks for a test split; the validation figures are optimistic")
+    if distilled:
+        found = compare_student(folder.folder)
+        write_json(folder.folder / "distill" / "comparison.json", found)
+        Progress("distill").close(lost_and_gained(found))
+
+
+def score(folder: Run, data: Prepared, stage: str | None) -> None:
+    """Evaluate the run's segmenter, or a stage's into the stage's folder, on validation and test."""
+    path = (folder.folder / stage if stage else folder.folder) / "metrics.json"
     for split in ("val", "test"):
         cases = data.of_split(split)
         if cases and not (path.exists() and split in read_json(path)):
-            evaluate_cases(folder.folder, cases, split)
+            evaluate_cases(folder.folder, cases, split, stage)
             folder.check_stop()
-    if not data.of_split("test"):
-        Progress("evaluate").close("there are too few masks for a test split; the validation figures are optimistic")
-    if not (folder.folder / "export.json").exists():
-        line = Progress("export")
-        facts = export_run(folder.folder, folder.folder / "model.onnx")
-        facts["latency"] = measure_latency(folder.folder / "model.onnx")
-        write_json(folder.folder / "export.json", facts)
-        line.close(f"{facts['megabytes']:.1f} MB, agrees with torch to {facts['parity']['max_difference']:.1e}")
+
+
+def export_once(folder: Run, stage: str | None) -> None:
+    """Export the run's segmenter, or a stage's into the stage's folder, and measure its latency."""
+    out = folder.folder / stage if stage else folder.folder
+    if (out / "export.json").exists():
+        return
+    line = Progress("export" if stage is None else f"export {stage}")
+    facts = export_run(folder.folder, out / "model.onnx", stage)
+    facts["latency"] = measure_latency(out / "model.onnx")
+    write_json(out / "export.json", facts)
+    line.close(f"{facts['megabytes']:.1f} MB, agrees with torch to {facts['parity']['max_difference']:.1e}")
 
 
 def report(out: Path) -> None:

@@ -50,9 +50,13 @@ def evaluate(
     return 0
 
 
-def evaluate_cases(run: Path, cases: Sequence[Case], key: str) -> dict[str, Any]:
-    """Score the run's segmenter on cases and write `metrics.json` (under `key`), `cases_KEY.csv` and the pictures."""
-    predictor = TorchPredictor(run)
+def evaluate_cases(run: Path, cases: Sequence[Case], key: str, stage: str | None = None) -> dict[str, Any]:
+    """Score the run's segmenter on cases and write `metrics.json` (under `key`), `cases_KEY.csv` and the pictures.
+
+    With `stage`, it is that stage's segmenter, and the files go into the stage's folder.
+    """
+    predictor = TorchPredictor(run, stage=stage)
+    run = run if stage is None else run / stage
     line = Progress(f"evaluate {key}")
     rows = score_cases(predictor, cases, THRESHOLD, on_progress=line.count)
     summary = summarise(rows)

@@ -22,12 +22,12 @@ def export(run: Path, out: Path | None, as_json: bool) -> int:
     return 0
 
 
-def export_run(run: Path, out: Path) -> dict[str, Any]:
-    """Write the run's segmenter as ONNX to `out` and return what `deploy.export.export_onnx` returns."""
+def export_run(run: Path, out: Path, stage: str | None = None) -> dict[str, Any]:
+    """Write the run's segmenter, or a stage's, as ONNX to `out`; return what `deploy.export.export_onnx` returns."""
     from fewmask.deploy.export import export_onnx
     from fewmask.models import load_model
 
-    path = find_segmenter(run)
+    path = find_segmenter(run, stage)
     segmenter, spec = load_model(path)
     metadata = describe_run(run, spec)
     return export_onnx(segmenter, input_size(spec, path), out, metadata, float(metadata["threshold"]))
@@ -36,15 +36,32 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
 def _lines(facts: dict[str, Any]) -> list[str]:
     parity = facts["parity"]
     return [
-        f"{facts['file']}: {facts['megabytes']:.2f} MB, {facts['num_parameters'] / 1e6:.2f} M parameters, "
+        f"{facts['file']}: {facts['megabytes']:.2f} MB, {_short(facts['num_parameters'] / 1e6)} M parameters, "
         f"network input {facts['size']}x{facts['size']}, threshold {facts['threshold']:g}",
+        _costs(facts),
         f"Against torch on {parity['num_images']} probe images: probabilities differ by at most "
         f"{parity['exact_difference']:.1e} where the resize is exact, {parity['max_difference']:.1e} elsewhere "
         f"(mean {parity['mean_difference']:.1e}), "
         f"{100 * parity['mask_disagreement']:.4f} % of mask pixels differ",
-        *(
-            f"{row['width']}x{row['height']} photo, {row['threads']} thread{'s' if row['threads'] > 1 else ''}: "
-            f"p50 {row['p50_ms']:.1f} ms, p95 {row['p95_ms']:.1f} ms"
-            for row in facts["latency"]
-        ),
+        *map(_time, facts["latency"]),
     ]
+
+
+def _costs(facts: dict[str, Any]) -> str:
+    own = f"{_short(facts['gmacs'])} GMac at {facts['size']}x{facts['size']}"
+    if facts["size"] == 256 or facts["gmacs_256"] is None:
+        return f"{own} (multiplications and additions of one image)"
+    return f"{own}, {_short(facts['gmacs_256'])} at 256x256 (multiplications and additions of one image)"
+
+
+def _time(row: dict[str, Any]) -> str:
+    what = "network alone" if row["network_only"] else "photo"
+    return (
+        f"{row['width']}x{row['height']} {what}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}: "
+        f"p50 {row['p50_ms']:.1f} ms, p95 {row['p95_ms']:.1f} ms"
+    )
+
+
+def _short(value: float) -> str:
+    """Return two decimals, or two digits of what is below 0.1."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fewmask import __version__
 from fewmask.config import DataSection, Recipe
 from fewmask.data.audit import audit
 from fewmask.data.cache import CachedDataset, build_cache
@@ -50,7 +52,7 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     cases = load_cases(settings.root, Path(settings.manifest) if settings.manifest else None, settings.unlabelled)
     facts = _facts(cases, settings)
     run.compare_data(facts)
-    found = audited(run.folder / "audit.json", cases, facts["fingerprint"])
+    found = audited(run.folder / "audit.json", cases, facts["fingerprint"], _cache_folder(recipe))
     run.record_data(facts)  # only now: data that were found faulty are to be mended, and may then differ
     linked = [(a, b) for a, b, _ in found["duplicates"]]
     cases = assign_splits(
@@ -83,10 +85,19 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     )
 
 
-def audited(path: Path, cases: Sequence[Case], print_: str) -> dict[str, Any]:
-    """Return the audit of the cases, from `path` where it was made before for the same data; errors end the run."""
+def audited(path: Path, cases: Sequence[Case], print_: str, memory: Path | None = None) -> dict[str, Any]:
+    """Return the audit of the cases; errors end the run.
+
+    It is taken from `path`, or from `memory` (the cache folder, shared by all runs), where it was made before for the
+    same data; auditing ten thousand images takes minutes.
+    """
     if path.exists() and (found := read_json(path)).get("fingerprint") == print_:
         return found
+    remembered = memory / "audits" / f"{print_}-{__version__}.json" if memory is not None else path
+    with contextlib.suppress(UserError):  # none there, or a damaged one: the audit is made again
+        if (found := read_json(remembered)).get("fingerprint") == print_:
+            write_json(path, found)
+            return found
     line = Progress("check")
     result = audit(cases, on_progress=line.count)
     found = {**json.loads(json.dumps(result.to_json())), "fingerprint": print_}
@@ -98,16 +109,23 @@ def audited(path: Path, cases: Sequence[Case], print_: str) -> dict[str, Any]:
         raise UserError(f"The data have {len(result.errors)} errors; mend them and run this again:\n  {listed}{more}")
     write_json(path, found)
     path.with_name("audit-failed.json").unlink(missing_ok=True)
+    if remembered != path:
+        with contextlib.suppress(OSError, UserError):  # a cache that cannot be written is done without
+            remembered.parent.mkdir(parents=True, exist_ok=True)
+            write_json(remembered, found)
     return found
 
 
 def cached(cases: Sequence[Case], recipe: Recipe) -> CachedDataset:
     """Return the decoded cache of the cases at the recipe's size, built where it does not exist yet."""
-    folder = recipe.data.cache or default_cache_folder()
     line = Progress("cache")
-    dataset = build_cache(cases, recipe.model.size, folder, on_progress=line.count)
+    dataset = build_cache(cases, recipe.model.size, _cache_folder(recipe), on_progress=line.count)
     line.close(f"{len(cases)} images decoded", only_if_shown=True)
     return dataset
+
+
+def _cache_folder(recipe: Recipe) -> Path:
+    return recipe.data.cache or default_cache_folder()
 
 
 def _facts(cases: Sequence[Case], settings: DataSection) -> dict[str, Any]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewmask.commands.grid import NotTrainedError, Order, cells, place_order, run_finetuning, run_pretraining
-from fewmask.commands.table import Scene, markdown, measure, write_markdown
+from fewmask.commands.cost import note_costs
+from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
+from fewmask.commands.jobs import NotTrainedError, fingerprints, run_job
+from fewmask.commands.page import markdown, write_markdown
+from fewmask.commands.provenance import learnt_by_teachers
+from fewmask.commands.table import Scene, measure
+from fewmask.commands.tables import Pretrained, Student
 from fewmask.data.contents import content_hashes, fingerprint
 from fewmask.data.manifest import load_cases
 from fewmask.engine.run import is_main, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
+
+_PRETRAINED_PLAN = ("pretrain_time", "finetune_time", "pretrain_seeds")
 
 
 def reproduce(
@@ -30,56 +37,94 @@ def reproduce(
 ) -> int:
     """Run the grid of a table, job after job, and leave `table.json` and `table.md` in `out`; exit code 0 or 1.
 
-    The table is written anew after every job, so that the work can be cut anywhere, and the same command goes on from
-    there. 1 is returned when a pre-training ended badly: its row is then reported as not run, with the reason.
+    The table is written anew after every cell, so that the work can be cut anywhere, and the same command goes on from
+    there. 1 is returned when a pre-training or a distillation ended badly: that is then reported as not run, with the
+    reason.
     """
     out = out or Path("runs") / f"{table}-{budget}"
     order = place_order(table, budget, out, data, manifest, unlabelled, settings)
     scene, to_score = survey(order, unseen)
     remember(order, scene)
-    failed = _pretrain_all(order, scene)
-    left_out = {**scene.left_out, **failed}
-    jobs, line = list(cells(order, left_out)), Progress("reproduce")
-    for number, (row, fraction, seed) in enumerate(jobs, start=1):
-        run_finetuning(order, row, fraction, seed, to_score)
+    left_out, line = dict(scene.left_out), Progress("reproduce")
+    for name, reason in left_out.items():
+        Progress(name).close(f"not run: {reason}")
+    planned = list(cells(order, left_out))
+    for number, cell in enumerate(planned, start=1):
+        run_cell(order, cell, to_score, left_out)
         if is_main():
+            note_costs(order)
             _write(order, scene, left_out)
-        line.update(number / len(jobs), f"{row}, {100 * fraction:g} % of the masks, seed {seed}", force=True)
+        line.update(number / len(planned), cell_names(*cell)[1], force=True)
     if is_main():
         found = _write(order, scene, left_out)
         print(json.dumps(found) if as_json else f"{markdown(found)}\ntable: {out / 'table.md'}")
-    return 1 if failed else 0
+    return 1 if left_out.keys() > scene.left_out.keys() else 0
+
+
+def run_cell(order: Order, cell: Cell, unseen: Sequence[Case], left_out: dict[str, str]) -> None:
+    """Do a cell's jobs, unless its row was left out; a training that ends badly adds its reason to `left_out`."""
+    row = cell[0]
+    if row in left_out:
+        return
+    for job in order.jobs(*cell):
+        try:
+            run_job(job, unseen)
+        except NotTrainedError as error:
+            # A pre-training serves all cells of a row, a distillation one cell alone.
+            name = row if job.verb == "pretrain" else cell_names(*cell)[1]
+            left_out[name] = str(error)
+            Progress(name).close(f"not run: {error}")
+            return
 
 
 def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
     """Return what the table must tell of the data, and the unseen cases to score.
 
-    Raises a UserError where the data are missing or do not say which images are for validation and test.
+    Raises a UserError where the data are missing or do not say which images are for test, or where a teacher that was
+    given has learnt from one of those. A validation split that nobody gave is drawn, the same for all runs.
     """
     cases = load_cases(order.data, Path(order.manifest) if order.manifest else None, order.unlabelled)
     masked = [case for case in cases if case.mask is not None]
-    if missing := [split for split in ("val", "test") if split not in {case.split for case in masked}]:
+    missing = [split for split in ("val", "test") if split not in {case.split for case in masked}]
+    if "test" in missing:
         raise UserError(
             f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored "
             "on the same images, so fill the manifest's column 'split', or give another --manifest."
         )
-    labels = {case.label for case in cases if case.label is not None and case.split not in ("val", "test")}
-    left_out = {
-        name: f"the training images are of {len(labels)} classes by the manifest's column 'label', and it takes two"
-        for name, row in order.rows.items()
-        if row.recipe == "supervised" and len(labels) < 2
-    }
-    to_score, facts = _unseen(order, unseen, cases) if unseen is not None else ([], {})
+    learnt, remarks = learnt_by_teachers(order.grid.teachers, [case for case in masked if case.split == "test"])
+    to_score, facts = _unseen(order, unseen, cases, learnt) if unseen is not None else ([], {})
     splits = {case.name: str(case.split or "train") for case in masked}
-    facts_of_data = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}
-    return Scene(splits, facts, left_out, facts_of_data), to_score
+    known: dict[str, Any] = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}
+    known["teachers"] = fingerprints(order.grid.teachers) or None
+    return Scene(splits, facts, _not_to_run(order, cases), known, tuple(remarks)), to_score
 
 
-def _unseen(order: Order, folder: Path, cases: Sequence[Case]) -> tuple[list[Case], dict[str, Any]]:
-    """Return the cases of another data set that no mask was learnt from, and what to tell of them."""
+def _not_to_run(order: Order, cases: Sequence[Case]) -> dict[str, str]:
+    """Return why a row, or a row at a share of the masks, has nothing to learn from."""
+    trained_on = [case for case in cases if case.split not in ("val", "test")]
+    labels = {case.label for case in trained_on if case.label is not None}
+    all_masked = all(case.mask is not None for case in trained_on)
+    reasons = {}
+    for name, row in order.rows.items():
+        if isinstance(row, Pretrained) and row.recipe == "supervised" and len(labels) < 2:
+            reasons[name] = (
+                f"the training images are of {len(labels)} classes by the manifest's column 'label', and it takes two"
+            )
+        if isinstance(row, Student) and row.unlabelled and all_masked and 1.0 in order.fractions:
+            reasons[cell_names(name, 1.0, 0)[0]] = "no training image is without a mask; name some with --unlabelled"
+    return reasons
+
+
+def _unseen(
+    order: Order, folder: Path, cases: Sequence[Case], learnt: Collection[str]
+) -> tuple[list[Case], dict[str, Any]]:
+    """Return the cases of another data set that no mask was learnt from, and what to tell of them.
+
+    `learnt` holds the content of the images that given teachers have learnt from.
+    """
     masked = [case for case in load_cases(folder) if case.mask is not None]
     hashes = content_hashes([*masked, *cases])
-    trained_on = {hashes[case.image] for case in cases if case.mask is not None}
+    trained_on = {hashes[case.image] for case in cases if case.mask is not None} | set(learnt)
     body = {hashes[case.image] for case in cases if case.mask is None}
     fresh = sorted((case for case in masked if hashes[case.image] not in trained_on), key=lambda case: case.name)
     if not fresh:
@@ -101,12 +146,11 @@ def remember(order: Order, scene: Scene) -> None:
 
     Rows, fractions and seeds may be added later, and so may the unseen data; every run checks its own settings.
     """
+    names = ("finetune_time", "distill_time", "student") if order.what.distils else _PRETRAINED_PLAN
     plan = {
         "table": order.table,
         "budget": order.budget,
-        "grid.pretrain_time": order.grid.pretrain_time,
-        "grid.finetune_time": order.grid.finetune_time,
-        "grid.pretrain_seeds": order.grid.pretrain_seeds,
+        **{f"grid.{name}": getattr(order.grid, name) for name in names},
         **scene.fingerprints,
     }
     path = order.out / "plan.json"
@@ -120,25 +164,6 @@ def remember(order: Order, scene: Scene) -> None:
     if is_main():
         order.out.mkdir(parents=True, exist_ok=True)
         write_json(path, {**old, **{key: value for key, value in plan.items() if value is not None}})
-
-
-def _pretrain_all(order: Order, scene: Scene) -> dict[str, str]:
-    """Pre-train every row that can be; return the reasons of those whose training ended badly."""
-    failed: dict[str, str] = {}
-    for row, what in order.rows.items():
-        if what.recipe is None:
-            continue
-        if row in scene.left_out:
-            Progress(row).close(f"not run: {scene.left_out[row]}")
-            continue
-        for seed in range(order.grid.pretrain_seeds):
-            try:
-                run_pretraining(order, row, seed)
-            except NotTrainedError as error:
-                failed[row] = str(error)
-                Progress(row).close(f"not run: {error}")
-                break
-    return failed
 
 
 def _write(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fewmask.commands.features import describe_features, probe_for
 from fewmask.commands.prepare import Prepared
 from fewmask.config import Recipe, StageSection
 from fewmask.data.loader import Loader
+from fewmask.data.streams import PairedLoader
 from fewmask.data.superpixels import Slic, superpixel_maps
-from fewmask.engine.fit import fit, resolve_precision
+from fewmask.distill.distill import Distill
+from fewmask.engine.fit import Stream, fit, resolve_precision
 from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
@@ -27,6 +30,11 @@ from fewmask.registry import build, choose
 from fewmask.types import UserError
 
 NUM_PREVIEWS = 4
+METHODS: dict[str, dict[str, Any]] = {
+    "pretrain": dict(PRETRAINERS),
+    "finetune": dict(FINETUNERS),
+    "distill": {"distill": Distill},
+}
 
 
 def configure_torch(recipe: Recipe) -> None:
@@ -53,13 +61,15 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
         raise UserError("There is no image to pre-train on: every image is in the validation or the test split.")
     seed_step(recipe.run.seed, 0, stream=1)
     objective = objective_for("pretrain", recipe, recipe.model.weights, len(data.dataset.label_names))
-    body = [i for i in data.body if data.dataset.labels[i] >= 0] if objective.needs_labels else data.body
-    if not body:
-        raise UserError("No image to pre-train on has a class label; fill the manifest's column 'label'.")
+    body = body_for(objective, data)
     maps = {name: _superpixels(data, slic) for name, slic in objective.maps().items()}
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
-    product, facts = fit(objective, loader, section, stage, recipe.run)
-    _finish(stage, path, product, section, objective, loader, facts | {"excluded": data.excluded})
+    probe = probe_for(stage, data, body, section.probe_every, recipe.model.size)
+    product, facts = fit(objective, loader, section, stage, recipe.run, watch=probe)
+    assert isinstance(product, Encoder)
+    if is_main():
+        describe_features(stage.folder, product, data.dataset, body, recipe.model.size)
+    finish(stage, path, product, section, objective, loader, facts | {"excluded": data.excluded})
     return path
 
 
@@ -74,12 +84,32 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
         return path
     seed_step(recipe.run.seed, 0, stream=2)
     objective = objective_for("finetune", recipe, weights)
-    loader = Loader(data.dataset, data.labelled, section.batch_size, recipe.run.seed, section.min_epoch_steps)
-    validate = Validation(data.dataset, data.validation, recipe.model.size)
+    loader = labelled_stream(objective, section, data, recipe.run.seed)
+    validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
     facts |= {"weights": weights, "num_validation": len(data.validation)}
-    _finish(stage, path, product, section, objective, loader, facts)
+    finish(stage, path, product, section, objective, loader, facts)
     return path
+
+
+def body_for(objective: Objective, data: Prepared) -> list[int]:
+    """Return the images that a pre-training can use; a UserError where there is none."""
+    if objective.needs_masks:
+        return data.labelled
+    body = [i for i in data.body if data.dataset.labels[i] >= 0] if objective.needs_labels else data.body
+    if not body:
+        raise UserError("No image to pre-train on has a class label; fill the manifest's column 'label'.")
+    return body
+
+
+def labelled_stream(objective: Objective, section: StageSection, data: Prepared, seed: int) -> Stream:
+    """Return batches of labelled images, each with a batch of its own for other tasks where the objective asks."""
+    loader = Loader(data.dataset, data.labelled, section.batch_size, seed, section.min_epoch_steps)
+    if objective.other_images == "none":
+        return loader
+    others = data.labelled if objective.other_images == "labelled" else data.body
+    # Another seed: a second batch drawn like the first would show the same images.
+    return PairedLoader(loader, Loader(data.dataset, others, section.batch_size, seed + 2**31, section.min_epoch_steps))
 
 
 def _superpixels(data: Prepared, slic: Slic) -> np.ndarray:
@@ -89,17 +119,21 @@ def _superpixels(data: Prepared, slic: Slic) -> np.ndarray:
     return maps
 
 
-def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0) -> Objective:
-    """Return a stage's objective, its network built as the recipe says and its encoder filled from `weights`."""
-    model = recipe.model
-    _refuse("model.encoder_settings", model.encoder_settings, ("name", "weights", "size"))
-    _refuse("model.segmenter_settings", model.segmenter_settings, ("name", "encoder"))
-    encoder = build_encoder(model.encoder, weights, size=model.size, **model.encoder_settings)
-    offered: dict[str, Any] = {"encoder": encoder, "num_classes": num_classes, "size": model.size}
-    if stage == "finetune":
+def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0, **offered: Any) -> Objective:
+    """Return a stage's objective, its network built as the recipe says and its encoder filled from `weights`.
+
+    `offered` is what else a method may ask for in its constructor, such as `teachers`.
+    """
+    model, size = recipe.student if stage == "distill" else recipe.model, recipe.model.size
+    where = "student" if stage == "distill" else "model"
+    _refuse(f"{where}.encoder_settings", model.encoder_settings, ("name", "weights", "size"))
+    _refuse(f"{where}.segmenter_settings", model.segmenter_settings, ("name", "encoder"))
+    encoder = build_encoder(model.encoder, weights, size=size, **model.encoder_settings)
+    offered |= {"encoder": encoder, "num_classes": num_classes, "size": size}
+    if stage != "pretrain":
         offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
     settings = dict(recipe.stage(stage).method)
-    table: dict[str, Any] = PRETRAINERS if stage == "pretrain" else FINETUNERS
+    table: dict[str, Any] = METHODS[stage]
     factory = choose(table, settings.pop("name"), f"{stage} method")
     # Of what is offered, a method is given what its constructor asks for.
     given = {name: value for name, value in offered.items() if name in inspect.signature(factory).parameters}
@@ -114,15 +148,16 @@ def _refuse(section: str, settings: dict[str, Any], reserved: tuple[str, ...]) -
             )
 
 
-def _finish(
+def finish(
     stage: Stage,
     path: Path,
     product: torch.nn.Module,
     section: StageSection,
     objective: Objective,
-    loader: Loader,
+    loader: Stream,
     facts: dict[str, Any],
 ) -> None:
+    """Write a stage's model, pictures and facts, which mark it as done, and drop its checkpoints."""
     if is_main():
         method = section.method["name"]
         assert isinstance(product, Encoder | Segmenter)
@@ -134,7 +169,7 @@ def _finish(
     wait_for_everyone()
 
 
-def _previews(stage: Stage, objective: Objective, loader: Loader) -> None:
+def _previews(stage: Stage, objective: Objective, loader: Stream) -> None:
     """Write the pictures the objective wants to show, side by side, one file an image."""
     seed_step(stage.run.seed, 0, stream=3)
     objective.eval()

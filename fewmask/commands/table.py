@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewmask.commands.grid import REFERENCES, Order, cells, scored
+from fewmask.commands.cost import known_costs
+from fewmask.commands.grid import TEACHER, Order, cells
+from fewmask.commands.jobs import scored, stage_facts
+from fewmask.commands.page import SETS
 from fewmask.commands.papers import PAPERS, Paper, deviations
+from fewmask.commands.tables import Student
 from fewmask.config import Recipe
 from fewmask.engine.run import read_json
 from fewmask.evaluate.results import Row
@@ -20,11 +23,8 @@ from fewmask.evaluate.statistics import METRICS, bootstrap_means, group_indices,
 
 SHOWN = ("dice", "iou", "dice_256", "iou_256", "hd95_256")
 NUM_BOOTSTRAP = 2000
-SETS = ("test", "unseen")
-COLUMNS = (
-    "row", "masks", "seeds", "Dice (95 %)", "Dice 256", "paper", "IoU (95 %)", "IoU 256", "paper", "HD95 256, px",
-    "paper", "missed",
-)  # fmt: skip
+STAGE_TITLES = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "distill": "Distillation"}
+FACTS = ("epochs", "steps", "seconds", "num_images", "batch_size", "device", "precision")
 BySeed = dict[int, list[Row]]
 
 STATEMENTS = (
@@ -32,7 +32,7 @@ STATEMENTS = (
     "HD95 counts a lesion without any predicted pixel as the image's diagonal.",
     "Intervals hold 95 % of 2,000 bootstrap replicates in which the seeds and the patients (or lesions; images where "
     "neither is known) are drawn with replacement.",
-    "Differences are of Dice, image by image, averaged over the seeds that both rows have; their intervals are "
+    "Differences are taken image by image, averaged over the seeds that both rows have; their intervals are "
     "bootstrapped over patients alone, and p-values come from random changes of sign by patient, not corrected for "
     "their number.",
     "The clock of a training starts after the data are decoded and the superpixels made, once for all runs.",
@@ -44,13 +44,15 @@ class Scene:
     """What is known of the data before anything is trained, for the table to tell.
 
     `splits` gives each case's split by name, for the images with a mask; `unseen` facts of the unseen data set;
-    `left_out` says why a row is not run; `fingerprints` tell these data from others.
+    `left_out` says why a row, or one at a share of the masks (`grid.cell_names`), is not run; `fingerprints` tell these
+    data from others; `remarks` are sentences for the table.
     """
 
     splits: Mapping[str, str]
     unseen: Mapping[str, Any] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
-    fingerprints: Mapping[str, str | None] = field(default_factory=dict)
+    fingerprints: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str, Any]:
@@ -61,28 +63,30 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         results = _results(order, name, left_out)
         for (row, fraction), by_seed in results.items():
             theirs = paper.figures.get(name, {}).get(row, {}).get(fraction)
-            cell = describe_cell(by_seed)
+            cell = describe_cell(by_seed, order.what.columns)
             rows.append({"set": name, "row": row, "fraction": fraction, **cell, "paper": theirs})
-        differences += [{"set": name, **found} for found in _differences(order.table, results)]
-    trainings = _trainings(order, left_out)
+        differences += [{"set": name, **found} for found in _differences(order, results)]
+    trainings, distillations = _trainings(order, left_out), _distillations(order, left_out)
+    learnt = [*trainings, *distillations]
     return {
-        "table": order.table, "title": paper.title, "budget": order.budget,
-        "rows": rows, "differences": differences, "not_run": dict(left_out), "pretraining": trainings,
-        "unseen": dict(scene.unseen), "excluded": trainings[0]["excluded"] if trainings else None,
-        "duplicates": _duplicates(order, scene), "deviations": _all_deviations(order, scene, trainings, left_out),
-        "statements": list(STATEMENTS),
+        "table": order.table, "title": paper.title, "budget": order.budget, "published": bool(paper.figures),
+        "columns": list(order.what.columns), "rows": rows, "differences": differences, "not_run": dict(left_out),
+        "costs": known_costs(order.out), "losses": _losses(order), "pretraining": trainings,
+        "distillation": distillations, "unseen": dict(scene.unseen),
+        "excluded": learnt[0]["excluded"] if learnt else None, "duplicates": _duplicates(order, scene),
+        "deviations": _all_deviations(order, scene, trainings, left_out), "statements": list(STATEMENTS),
     }  # fmt: skip
 
 
-def describe_cell(by_seed: BySeed) -> dict[str, Any]:
-    """Return the figures of one cell from its rows per seed, ready for JSON.
+def describe_cell(by_seed: BySeed, columns: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the figures of one cell from its rows per seed, ready for JSON; `columns` are metrics beside the usual.
 
     Each metric has "mean", "low" and "high" (None with one patient) and "per_seed". The interval is that of the mean
     over cases and seeds when groups and seeds are drawn with replacement. "missed" is a mean over the seeds.
     """
     tables = _aligned(list(by_seed.values()))
     groups, figures = group_indices(tables[0]), {}
-    for metric in SHOWN:
+    for metric in (*SHOWN, *columns):
         values = np.array([[row[metric] for row in rows] for rows in tables], dtype=float).T
         rng = np.random.default_rng(0)
         replicates = bootstrap_means(values, groups, NUM_BOOTSTRAP, rng)
@@ -117,20 +121,27 @@ def _results(order: Order, name: str, left_out: Mapping[str, str]) -> dict[tuple
     """Return the rows per seed of every cell that is finished, in the table's order."""
     found: dict[tuple[str, float], BySeed] = {(row, fraction): {} for row in order.rows for fraction in order.fractions}
     for row, fraction, seed in cells(order, left_out):
-        folder = order.finetuning(row, fraction, seed)
+        folder = order.folder(row, fraction, seed)
         if name in scored(folder):
             found[row, fraction][seed] = read_case_csv(folder / f"cases_{name}.csv")
     return {cell: by_seed for cell, by_seed in found.items() if by_seed}
 
 
-def _differences(table: str, results: Mapping[tuple[str, float], BySeed]) -> Iterator[dict[str, Any]]:
+def _differences(order: Order, results: Mapping[tuple[str, float], BySeed]) -> Iterator[dict[str, Any]]:
     for (row, fraction), by_seed in results.items():
-        for reference in REFERENCES[table]:
+        for reference in _compared_with(order, row):
             against = results.get((reference, fraction), {})
             seeds = sorted(by_seed.keys() & against.keys())
-            if row != reference and row != "random" and seeds:
-                found = compare(average_seeds(by_seed, seeds), average_seeds(against, seeds))
+            for metric in order.what.compared if seeds else ():
+                found = compare(average_seeds(by_seed, seeds), average_seeds(against, seeds), metric)
                 yield {"row": row, "against": reference, "fraction": fraction, "seeds": seeds, **found}
+
+
+def _compared_with(order: Order, row: str) -> list[str]:
+    """Return the references of a row; of two references, only the first is compared with the other."""
+    references = list(order.what.references)
+    later = references[references.index(row) + 1 :] if row in references else references
+    return list(dict.fromkeys([*later, *order.what.rows[row].against]))
 
 
 def _trainings(order: Order, left_out: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -138,18 +149,38 @@ def _trainings(order: Order, left_out: Mapping[str, str]) -> list[dict[str, Any]
     found = []
     for row in order.rows:
         for seed in range(order.grid.pretrain_seeds):
-            path = order.pretraining(row, seed) / "pretrain" / "stage.json"
-            if row not in left_out and path.exists():
-                facts = read_json(path)
-                keys = ("epochs", "steps", "seconds", "num_images", "batch_size", "device", "precision", "excluded")
-                lr = facts["settings"]["lr"]
-                found.append({"row": row, "seed": seed, "lr": lr, **{key: facts[key] for key in keys}})
+            facts = stage_facts(order.pretraining(row, seed), "pretrain")
+            if row not in left_out and facts is not None:
+                found.append({"row": row, "seed": seed, **_facts(facts)})
     return found
+
+
+def _distillations(order: Order, left_out: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return what the finished distillations did."""
+    found = []
+    for row, fraction, seed in cells(order, left_out):
+        facts = stage_facts(order.folder(row, fraction, seed), "distill")
+        if isinstance(order.rows[row], Student) and facts is not None:
+            labelled = facts["num_labelled"]
+            found.append({"row": row, "fraction": fraction, "seed": seed, "num_labelled": labelled, **_facts(facts)})
+    return found
+
+
+def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: facts[key] for key in FACTS}
+    return {"lr": facts["settings"]["lr"], **kept, "excluded": facts.get("excluded")}
+
+
+def _losses(order: Order) -> dict[str, Any]:
+    """Return the losses of every student beside the supervised one."""
+    students = {name: row for name, row in order.rows.items() if isinstance(row, Student)}
+    pseudo = {name: {"pseudo": {"weight": row.pseudo_weight}} for name, row in students.items() if row.pseudo_weight}
+    return {name: {**row.losses, **pseudo.get(name, {})} for name, row in students.items()}
 
 
 def _duplicates(order: Order, scene: Scene) -> dict[str, int] | None:
     """Return how many pairs of copies the audit found: in all, within test, and of a test and a trained-on image."""
-    folders = [order.pretraining(row, 0) for row in order.rows] + [order.finetuning(*cell) for cell in cells(order)]
+    folders = [order.pretraining(row, 0) for row in order.rows] + [order.folder(*cell) for cell in cells(order)]
     path = next((path for folder in folders if (path := folder / "audit.json").exists()), None)
     if path is None:
         return None
@@ -162,20 +193,36 @@ def _duplicates(order: Order, scene: Scene) -> dict[str, int] | None:
 def _all_deviations(
     order: Order, scene: Scene, trainings: Sequence[Mapping[str, Any]], left_out: Mapping[str, str]
 ) -> list[str]:
-    paper = PAPERS[order.table]
-    kept = [row for row in order.rows if row not in left_out]
-    pretraining = {row: recipe for row in kept if (recipe := order.pretrain_recipe(row, 0)) is not None}
-    finetuning: dict[str, Recipe] = {"all rows": order.finetune_recipe(order.fractions[0], 0)}
-    found = [f"Pre-training, {text}" for text in deviations(paper, "pretrain", pretraining)]
-    found += [f"Fine-tuning, {text}" for text in deviations(paper, "finetune", finetuning)]
+    paper, found = PAPERS[order.table], []
+    for stage, recipes in _recipes(order, left_out).items():
+        found += [f"{STAGE_TITLES[stage]}, {text}" for text in deviations(paper, stage, recipes)]
     if trainings:
         epochs = ", ".join(f"{done['epochs']:g} for {done['row']}" for done in trainings if done["seed"] == 0)
         found.append(f"Pre-training, epochs done before the training ended: {epochs}.")
-    stages = [order.finetuning(*cell) / "finetune" / "stage.json" for cell in cells(order, left_out)]
-    if done := [read_json(path)["epochs"] for path in stages if path.exists()]:
-        found.append(f"Fine-tuning, epochs done before the training ended: {min(done):g} to {max(done):g}.")
-    found += [*_data_deviations(order, scene, paper, trainings), *_seeds(order, paper)]
+    for stage in ("finetune", "distill"):
+        if done := _epochs(order, stage, left_out):
+            title = STAGE_TITLES[stage]
+            found.append(f"{title}, epochs done before the training ended: {min(done):g} to {max(done):g}.")
+    found += [*_data_deviations(order, scene, paper, trainings), *_seeds(order, paper), *scene.remarks]
     return [*found, *([paper.remark] if paper.remark else [])]
+
+
+def _recipes(order: Order, left_out: Mapping[str, str]) -> dict[str, dict[str, Recipe]]:
+    """Return the recipes of each stage by row, those of stages that the table does not go through left out."""
+    kept, fraction = [row for row in order.rows if row not in left_out], order.fractions[0]
+    pretraining = {row: recipe for row in kept if (recipe := order.pretrain_recipe(row, 0)) is not None}
+    finetuning = {} if order.grid.teachers else {"all rows": order.finetune_recipe(fraction, 0)}
+    students = [row for row in kept if isinstance(order.rows[row], Student)]
+    distillation = {row: order.student_recipe(row, fraction, 0) for row in students}
+    return {"pretrain": pretraining, "finetune": finetuning, "distill": distillation}
+
+
+def _epochs(order: Order, stage: str, left_out: Mapping[str, str]) -> list[float]:
+    places = list(cells(order, left_out))
+    if order.what.distils:  # a teacher serves students where it has no row of its own
+        places += [(TEACHER, fraction, seed) for _, fraction, seed in places]
+    folders = {order.folder(*place) for place in places}
+    return [facts["epochs"] for folder in folders if (facts := stage_facts(folder, stage)) is not None]
 
 
 def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -184,9 +231,10 @@ def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequen
         folders = ", ".join(path.resolve().name for path in (order.data, *order.unlabelled))
         yield f"Pre-training data: the paper has {paper.data['pretrain']}, here images of {folders}: {used}."
     num = Counter(scene.splits.values())
+    name = f"{order.data.resolve().name}{f' ({order.manifest})' if order.manifest else ''}"
     yield (
-        f"Fine-tuning data: the paper has {paper.data['finetune']}, here {num['train']} / {num['val']} / {num['test']} "
-        f"images of {order.data.resolve().name}."
+        f"Fine-tuning data: the paper has {paper.data['finetune']}, here {num['train']} / "
+        f"{num['val'] or 'a share of these'} / {num['test']} images of {name}."
     )
     if scene.unseen:
         facts = scene.unseen
@@ -194,104 +242,17 @@ def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequen
             f"Unseen data: the paper has {paper.data.get('unseen', 'none')}, here {facts['num_cases']} of the "
             f"{facts['num_masked']} images with a mask of {facts['name']}, {facts['num_trained_on']} left out as they "
             f"are among the data's own masked images; {facts['num_in_body']} of those scored took part in the "
-            "pre-training, without their masks."
+            f"{'distillation' if order.what.distils else 'pre-training'}, without their masks."
         )
 
 
 def _seeds(order: Order, paper: Paper) -> Iterator[str]:
+    if order.what.distils:
+        who = "a student" if order.grid.teachers else "a cell's teacher and of each of its students"
+        yield f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of {who}, which draw the masks anew."
+        return
     again = ", whose chance is in no interval" if order.grid.pretrain_seeds == 1 else ""
     yield (
         f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of fine-tuning a cell, which draw the masks "
         f"anew, and {order.grid.pretrain_seeds} of pre-training a row{again}."
     )
-
-
-def markdown(table: Mapping[str, Any]) -> str:
-    """Return the table as a page of Markdown."""
-    lines = [f"# {table['title']}", "", f"Measured with the budget `{table['budget']}`."]
-    for name in SETS:
-        lines += _rows_text(table, name)
-    if table["differences"]:
-        lines += _differences_text(table["differences"])
-    lines += _pretraining_text(table)
-    for title, texts in (("Differences from the paper's setting", "deviations"), ("How to read this", "statements")):
-        lines += ["", f"## {title}", "", *(f"- {text}" for text in table[texts])]
-    return "\n".join(lines) + "\n"
-
-
-def _rows_text(table: Mapping[str, Any], name: str) -> list[str]:
-    rows = [row for row in table["rows"] if row["set"] == name]
-    if not rows and (name != "test" or not table["not_run"]):
-        return []
-    title = "Test images" if name == "test" else f"Unseen data: {table['unseen'].get('name', 'unseen')}"
-    lines = ["", f"## {title}" + (f" ({rows[0]['num_cases']})" if rows else ""), ""]
-    lines.append(f"| {' | '.join(COLUMNS)} |")
-    lines.append("|" + "---|" * len(COLUMNS))
-    for row in rows:
-        theirs = row["paper"] or {}
-        cells_ = [
-            row["row"], _percent(row["fraction"]), len(row["seeds"]), _figure(row["dice"]), _mean(row["dice_256"]),
-            theirs.get("dice", ""), _figure(row["iou"]), _mean(row["iou_256"]), theirs.get("iou", ""),
-            f"{row['hd95_256']['mean']:.1f}", theirs.get("hd95", ""), f"{row['missed']:.1f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells_))} |")
-    if name == "test":
-        lines += [f"| {row} | not run: {reason} |" + " |" * 10 for row, reason in table["not_run"].items()]
-    return lines
-
-
-def _differences_text(differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = ["", "## Paired differences of Dice, points", "", "| set | row | against | masks | difference (95 %) | p |"]
-    lines.append("|---|---|---|---|---|---|")
-    for found in differences:
-        between = "" if found["low"] is None else f" ({100 * found['low']:+.2f} to {100 * found['high']:+.2f})"
-        lines.append(
-            f"| {found['set']} | {found['row']} | {found['against']} | {_percent(found['fraction'])} | "
-            f"{100 * found['difference']:+.2f}{between} | {found['p_value']:.2g} |"
-        )
-    return lines
-
-
-def _pretraining_text(table: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
-    if table["pretraining"]:
-        lines += ["", "## Pre-training", "", "| row | seed | images | batch | lr | epochs | steps | seconds | device |"]
-        lines.append("|" + "---|" * 9)
-        lines += [
-            f"| {done['row']} | {done['seed']} | {done['num_images']} | {done['batch_size']} | {done['lr']:.3g} | "
-            f"{done['epochs']:g} | {done['steps']} | {done['seconds']:.0f} | {done['device']}, {done['precision']} |"
-            for done in table["pretraining"]
-        ]
-    if (out := table["excluded"]) is not None:
-        lines += [
-            "",
-            f"Kept out of pre-training: {out['test']} test images, {out['near_duplicates']} copies of one, "
-            f"{out['same_group']} of the same patient or lesion.",
-        ]
-    if (pairs := table["duplicates"]) is not None:
-        lines += [
-            "",
-            f"Copies among all images: {pairs['pairs']} pairs, {pairs['within_test']} of them within the test images, "
-            f"{pairs['test_and_trained_on']} of a test image and one with a mask in another split (left as published).",
-        ]
-    return lines
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:g} %"
-
-
-def _mean(figure: Mapping[str, Any]) -> str:
-    return f"{100 * figure['mean']:.2f}"
-
-
-def _figure(figure: Mapping[str, Any]) -> str:
-    between = "" if figure["low"] is None else f" ({100 * figure['low']:.2f} to {100 * figure['high']:.2f})"
-    return f"{_mean(figure)}{between}"
-
-
-def write_markdown(path: Path, table: Mapping[str, Any]) -> None:
-    """Write the page in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(markdown(table), encoding="utf-8")
-    temporary.replace(path)

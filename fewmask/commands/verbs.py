@@ -1,10 +1,11 @@
-"""`fewmask pretrain` and `fewmask finetune`: one stage of the chain on its own, into the same run layout."""
+"""`fewmask pretrain`, `finetune` and `distill`: one stage of the chain on its own, into the same run layout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from fewmask.commands.distillation import distill
 from fewmask.commands.prepare import prepare
 from fewmask.commands.stages import configure_torch, finetune, pretrain, with_precision
 from fewmask.config import load_recipe, parse_time
@@ -22,6 +23,9 @@ def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
         data = prepare(folder, recipe)
         if name == "pretrain":
             path = pretrain(folder, recipe, data, budget)
+        elif name == "distill":
+            assert recipe.distill is not None
+            path = distill(folder, recipe, data, recipe.distill.teachers, budget)
         else:
             path = finetune(folder, recipe, data, recipe.model.weights, budget)
     if is_main():

@@ -7,6 +7,7 @@ Every class here is a `Views`: it takes a `Batch` as loaded (uint8) and returns 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +25,9 @@ from fewmask.data.geometry import (
     whole_boxes,
 )
 from fewmask.data.preprocess import normalise
-from fewmask.types import Batch
+from fewmask.types import Batch, Views
 
+Augment = Literal["full", "flips", "xray", "none"]
 DERMOSCOPY_COLOUR = Chain((ColourJitter(0.25, 0.25, 0.25, 0.03), GaussianBlur((0.1, 1.0), 0.2), GaussianNoise()))
 XRAY_COLOUR = ColourJitter(0.25, 0.25, 0.0, 0.0)
 
@@ -151,3 +153,14 @@ class SegmentViews:
         shear = uniform(num, -self.shear, self.shear)
         shift = uniform(2 * num, -self.translate, self.translate).view(num, 2)
         return affine(angle, scale, shear, shift, 1 - 2 * flips.float())
+
+
+def segment_views(augment: Augment, size: int) -> Views:
+    """Return the augmentation of pictures with their masks that a recipe names, to `size` pixels a side.
+
+    "full" is flips, affine maps and colour (dermoscopy and photographs), "xray" upright and gray, "flips" mirroring
+    alone, "none" a plain resize.
+    """
+    if augment == "none":
+        return PlainViews(size)
+    return {"full": SegmentViews, "flips": SegmentViews.flips_only, "xray": SegmentViews.xray}[augment](size)

@@ -20,9 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fewmask.data.cache import num_cores
 from fewmask.data.preprocess import MEAN, STD, predict_probability
 from fewmask.deploy.graph import OPSET, wrap_network
 from fewmask.deploy.predictor import VERSION_KEY, open_session
+from fewmask.deploy.tuning import absorb_affine, flatten_last_resize
+from fewmask.models.complexity import complexity
 from fewmask.types import UserError
 
 # Probabilities where the resize has nothing to round: only the order of summation differs.
@@ -35,13 +38,15 @@ MEAN_DIFFERENCE = 5e-3
 MASK_DISAGREEMENT = 5e-3
 # Pixels the network leaves this close to the threshold are decided by such a grey level.
 UNDECIDED = 5e-3
+# The size at which papers state GMacs of light segmenters.
+COMMON_SIZE = 256
 NOT_A_DEVICE = "For research. Not a medical device; not for diagnosis or treatment decisions."
 
 
 def export_onnx(
     segmenter: nn.Module, size: int, out: Path, metadata: dict[str, Any], threshold: float = 0.5
 ) -> dict[str, Any]:
-    """Write the segmenter to `out` and return the facts: megabytes, parameters, opset, parity and seconds.
+    """Write the segmenter to `out` and return the facts: megabytes, parameters, GMacs, opset, parity and seconds.
 
     The file takes "image", RGB uint8 (height, width, 3) of any size, and gives "probability", float32 (height, width).
     `size` is the side, in pixels, of what the network sees; `metadata` holds JSON-able values kept in the file. The
@@ -50,8 +55,10 @@ def export_onnx(
     """
     started = time.perf_counter()
     network = copy.deepcopy(segmenter).cpu().eval()
-    model = wrap_network(_trace(network, size), size, MEAN, STD)
-    describe(model, {**metadata, "threshold": threshold, "size": size, "mean": list(MEAN), "std": list(STD)})
+    traced = copy.deepcopy(network)
+    mean, std = absorb_affine(traced, MEAN, STD)
+    model = wrap_network(_trace(traced, size), size, mean, std)
+    describe(model, {**metadata, "threshold": threshold, "size": size, "mean": mean, "std": std})
     content = model.SerializeToString()
     parity = measure_parity(network, content, size, threshold)
     _require(parity)
@@ -59,13 +66,24 @@ def export_onnx(
     return {
         "file": str(out),
         "megabytes": len(content) / 1e6,
-        "num_parameters": sum(parameter.numel() for parameter in network.parameters()),
+        **_costs(network, size),
         "opset": OPSET,
         "size": size,
         "threshold": threshold,
         "parity": parity,
         "seconds": time.perf_counter() - started,
     }
+
+
+def _costs(network: nn.Module, size: int) -> dict[str, float | None]:
+    """Return "num_parameters", and "gmacs" at the network's size and "gmacs_256" at 256, None where 256 is no size."""
+    own = complexity(network, size)
+    try:
+        common = complexity(network, COMMON_SIZE)["gmacs"]
+    except (UserError, RuntimeError):
+        # What is trained at 96 pixels need not divide 256.
+        common = None
+    return {"num_parameters": own["num_parameters"], "gmacs": own["gmacs"], "gmacs_256": common}
 
 
 class _LogitsOnly(nn.Module):
@@ -89,7 +107,9 @@ def _trace(segmenter: nn.Module, size: int) -> onnx.ModelProto:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"This network cannot be written as ONNX ({reason}); export another segmenter.") from error
     assert program is not None
-    return program.model_proto
+    model = program.model_proto
+    flatten_last_resize(model)
+    return model
 
 
 @contextlib.contextmanager
@@ -125,7 +145,8 @@ def measure_parity(segmenter: nn.Module, content: bytes, size: int, threshold: f
     though torch puts them further than UNDECIDED from it; `exact_difference` is the largest difference over the
     images whose sides the network's size divides by a power of two.
     """
-    session = open_session(content)
+    # A number of threads given, or ONNX Runtime binds them, and this one, to cores the process may have been denied.
+    session = open_session(content, num_cores())
     rows, exact = [], []
     for image in probe_images(size):
         expected = predict_probability(segmenter, image, size)

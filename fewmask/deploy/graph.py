@@ -48,10 +48,10 @@ def _before(target: str) -> list[NodeProto]:
             "Resize", ["image/batch", "", "", "network_shape"], ["image/resized"], name="image/resize",
             mode="linear", antialias=1, exclude_outside=1, coordinate_transformation_mode="half_pixel",
         ),
-        helper.make_node("Cast", ["image/resized"], ["image/float"], name="image/float", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["image/resized"], ["image/planes"], name="image/transpose", perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["image/planes"], ["image/float"], name="image/float", to=TensorProto.FLOAT),
         helper.make_node("Sub", ["image/float", "mean"], ["image/centred"], name="image/centre"),
-        helper.make_node("Div", ["image/centred", "std"], ["image/normalised"], name="image/normalise"),
-        helper.make_node("Transpose", ["image/normalised"], [target], name="image/transpose", perm=[0, 3, 1, 2]),
+        helper.make_node("Div", ["image/centred", "std"], [target], name="image/normalise"),
     ]  # fmt: skip
 
 
@@ -74,9 +74,10 @@ def _constants(size: int, mean: Sequence[float], std: Sequence[float]) -> list[T
         "first_axis": np.array([0], np.int64),
         "network_shape": np.array([1, size, size, 3], np.int64),
         "one_channel": np.array([1, 1], np.int64),
-        # Per 255, so that the division by 255 costs no node of its own.
-        "mean": (np.array(mean, np.float64) * 255).astype(np.float32),
-        "std": (np.array(std, np.float64) * 255).astype(np.float32),
+        # Per 255, so that the division by 255 costs no node of its own; a value a plane, because with the channels
+        # last ONNX Runtime takes twenty times as long.
+        "mean": (np.array(mean, np.float64) * 255).astype(np.float32).reshape(3, 1, 1),
+        "std": (np.array(std, np.float64) * 255).astype(np.float32).reshape(3, 1, 1),
     }
     return [numpy_helper.from_array(value, name) for name, value in values.items()]
 

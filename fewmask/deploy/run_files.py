@@ -16,11 +16,14 @@ _WEIGHT_LICENCES = {"packaged": "Apache-2.0", "none": "none (random initialisati
 _UNKNOWN = "not recorded; ask the source"
 
 
-def find_segmenter(run: Path) -> Path:
-    """Return the run's segmenter file: the distilled one, else the fine-tuned one. Raises UserError where none is."""
+def find_segmenter(run: Path, stage: str | None = None) -> Path:
+    """Return the file of the run's segmenter: of a stage, or the distilled one, else the fine-tuned one.
+
+    Raises UserError where there is none.
+    """
     if not run.is_dir():
         raise UserError(f"There is no run folder {run}; give the folder named by --out when the run was started.")
-    for stage in STAGES:
+    for stage in [stage] if stage else STAGES:
         path = run / stage / "model.safetensors"
         if path.is_file():
             return path

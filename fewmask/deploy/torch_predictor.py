@@ -15,11 +15,11 @@ from fewmask.deploy.run_files import describe_run, find_segmenter, input_size
 class TorchPredictor(ImagePredictor):
     """The segmenter of a run folder, run by torch. Raises UserError where the run has none."""
 
-    def __init__(self, run: str | os.PathLike[str], device: str = "cpu") -> None:
-        """Load the distilled segmenter, or the fine-tuned one where nothing was distilled, on a device of torch."""
+    def __init__(self, run: str | os.PathLike[str], device: str = "cpu", stage: str | None = None) -> None:
+        """Load a stage's segmenter (the distilled one, else the fine-tuned one) on a device of torch."""
         from fewmask.models import load_model
 
-        self.path = find_segmenter(Path(run))
+        self.path = find_segmenter(Path(run), stage)
         self._segmenter, spec = load_model(self.path)
         self._segmenter.to(device).eval()
         self._device = device

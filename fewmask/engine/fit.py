@@ -14,7 +14,9 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from fewmask.config import RunSection, StageSection
@@ -26,6 +28,7 @@ from fewmask.objective import Objective
 from fewmask.types import Batch, Interrupted, UserError
 
 Validate = Callable[[nn.Module], dict[str, float]]
+Watch = Callable[[nn.Module], dict[str, float]]
 LOG_EVERY = 10
 
 
@@ -109,6 +112,18 @@ def _has_amx() -> bool:
     return bool(ask and ask())
 
 
+def synchronise_norms(model: nn.Module) -> None:
+    """Make every batch normalisation use the statistics of all processes, in place; CUDA only, as torch has it.
+
+    Values and names of the state are kept. On other devices the statistics stay those of each process.
+    """
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
+                # Not torch's own: it would drop the activation that timm keeps inside its norms, without a word.
+                setattr(parent, name, convert_sync_batchnorm(norm))
+
+
 class Fit:
     """The state of one training; `fit` is the way in."""
 
@@ -120,6 +135,8 @@ class Fit:
         self.views = objective.views()
         # Convolutions run faster with the channels last, on CPUs and GPUs alike; elsewhere it changes nothing.
         objective.to(memory_format=torch.channels_last)
+        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
+            synchronise_norms(objective)
         optimiser = build_optimiser(objective, settings)
         compiled = torch.compile(objective) if run.compile else objective
         self.model, self.optimiser = self.accelerator.prepare(compiled, optimiser)
@@ -249,6 +266,14 @@ class Fit:
             self.best = {name: value.detach().cpu().clone() for name, value in product.items()}
         return figures
 
+    def watch(self, watch: Watch) -> None:
+        """Look at the product when it is time to: after every so many epochs, and after the last step."""
+        every, epoch = self.settings.probe_every, self.state.step / self.loader.steps_per_epoch
+        if every and (epoch % every == 0 or self.state.progress >= 1.0):
+            figures = watch(self.objective.product())
+            self.stage.log("probe", step=self.state.step, epoch=epoch, **figures)
+            self.objective.train()
+
     def best_path(self, step: int) -> Path:
         """Where the product that was best at a step is kept while a checkpoint refers to it."""
         return self.stage.folder / "checkpoints" / f"best_{step:09d}.safetensors"
@@ -268,9 +293,12 @@ def fit(
     stage: Stage,
     run: RunSection,
     validate: Validate | None = None,
+    watch: Watch | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train until the epochs or the stage's time are used up; return the product and the facts to report.
 
+    `validate` scores the product after each epoch, and the best is kept; `watch` looks at it every
+    `settings.probe_every` epochs and after the last step, and what it returns is logged as "probe" and decides nothing.
     Resumes from the stage's checkpoints. With a step-bounded schedule the result equals the uninterrupted run bit for
     bit on a CPU; with a time budget it cannot, because the schedule follows the clock. Raises Interrupted after saving
     when a stop was asked for, and UserError when a loss is not finite.
@@ -281,7 +309,7 @@ def fit(
         loop.restore()
         stage.run.deferring = True
         try:
-            _train(loop, validate)
+            _train(loop, validate, watch)
         finally:
             stage.run.deferring = False
         if not loop.state.finished:
@@ -302,7 +330,7 @@ def fit(
     return loop.finish(), facts
 
 
-def _train(loop: Fit, validate: Validate | None) -> None:
+def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
     state, stage, steps = loop.state, loop.stage, loop.loader.steps_per_epoch
     line, meter, epoch_meter = Progress(stage.name), Meter(), Meter()
     last_save, last_score = time.monotonic(), ""
@@ -323,6 +351,8 @@ def _train(loop: Fit, validate: Validate | None) -> None:
                 figures |= loop.validate(validate, state.progress)
                 last_score = f", validation {figures['score']:.4f} (best {state.best_score:.4f})"
                 loop.objective.train()
+            if watch is not None:
+                loop.watch(watch)
             epoch_meter = Meter()
             stage.log("epoch", epoch=math.ceil(state.step / steps), step=state.step, seconds=stage.elapsed, **figures)
         if state.step % LOG_EVERY == 0 or epoch_ends:

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 from fewmask.engine.run import Run, is_main, read_json, write_json
 from fewmask.types import UserError
 
-
 CLOCKS = {"wall": time.monotonic, "cpu": time.process_time}
 
 

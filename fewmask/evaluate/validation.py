@@ -34,7 +34,8 @@ class Validation:
 
     Images and masks are brought from cache size to `size` (antialiased); a truth pixel is at least half covered, a
     predicted one has probability >= `threshold`. With `loss`, a function of logits and mask (b, 1, s, s) that means
-    over the batch, "val_loss" is its mean over images. It works on `device`, or where the segmenter's parameters are.
+    over the batch, "val_loss" is its mean over images. It works on `device`, or where the segmenter's parameters are,
+    in the `precision` of the training ("fp32", "bf16" or "fp16"): it only has to tell better weights from worse.
     Raises a UserError when there is no case to validate on.
     """
 
@@ -47,6 +48,7 @@ class Validation:
         threshold: float = 0.5,
         device: torch.device | str | None = None,
         loss: Loss | None = None,
+        precision: str = "fp32",
     ) -> None:
         if len(indices) == 0 or dataset.masks is None:
             raise UserError("There is no image with a mask to validate on; put some masks in the split 'val'.")
@@ -54,6 +56,7 @@ class Validation:
         # A memory map is read in order of its pages.
         self.indices = np.sort(np.asarray(indices, dtype=np.int64))
         self.size, self.batch_size, self.threshold, self.device, self.loss = size, batch_size, threshold, device, loss
+        self.half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
 
     @torch.inference_mode()
     def __call__(self, segmenter: nn.Module) -> dict[str, float]:
@@ -79,10 +82,12 @@ class Validation:
             chosen = self.indices[start : start + self.batch_size]
             image = torch.from_numpy(self.images[chosen]).to(device).permute(0, 3, 1, 2)
             mask = torch.from_numpy(self.masks[chosen]).to(device)[:, None]
-            yield normalise(_resize(image, self.size)), _resize(mask, self.size)
+            picture = normalise(_resize(image, self.size)).contiguous(memory_format=torch.channels_last)
+            yield picture, _resize(mask, self.size)
 
     def _score_batch(self, segmenter: nn.Module, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        logits = segmenter(image).logits.float()
+        with torch.autocast(image.device.type, self.half, enabled=self.half is not None):
+            logits = segmenter(image).logits.float()
         dice, iou = dice_and_iou(logits.sigmoid() >= self.threshold, mask >= 0.5)
         terms = {"dice": dice, "iou": iou}
         if self.loss is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fewmask.finetune.joint import Joint
 from fewmask.finetune.segment import Segment
 from fewmask.objective import Objective
 
-FINETUNERS: dict[str, type[Objective]] = {"segment": Segment}
+FINETUNERS: dict[str, type[Objective]] = {"joint": Joint, "segment": Segment}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewmask.data.augment import PlainViews, SegmentViews
+from fewmask.data.augment import Augment, segment_views
 from fewmask.data.preprocess import denormalise
-from fewmask.finetune.average import WeightAverage
 from fewmask.losses import cross_entropy_dice
+from fewmask.models.average import WeightAverage
 from fewmask.objective import Objective
 from fewmask.types import Batch, UserError, Views
 
@@ -36,7 +34,7 @@ class Segment(Objective):
         dice_weight: float = 0.5,
         average: float = 0.0,
         freeze_encoder: bool = False,
-        augment: Literal["full", "flips", "xray", "none"] = "full",
+        augment: Augment = "full",
     ) -> None:
         super().__init__()
         if not 0 <= dice_weight <= 1:
@@ -71,11 +69,7 @@ class Segment(Objective):
 
     def views(self) -> Views:
         """Return the augmentation that `augment` names."""
-        if self.augment == "none":
-            return PlainViews(self.size)
-        return {"full": SegmentViews, "flips": SegmentViews.flips_only, "xray": SegmentViews.xray}[self.augment](
-            self.size
-        )
+        return segment_views(self.augment, self.size)
 
     def after_step(self, progress: float) -> None:
         """Update the averaged weights."""

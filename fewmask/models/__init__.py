@@ -11,8 +11,10 @@ import timm
 
 from fewmask.models.cnn import Cnn
 from fewmask.models.encoder import Encoder
+from fewmask.models.mobile_unet import MobileUnet
 from fewmask.models.segmenter import Segmenter
 from fewmask.models.storage import read_model_file, write_model_file
+from fewmask.models.tiny_unet import TinyCnn, TinyUnet
 from fewmask.models.transunet import Transunet
 from fewmask.models.unet import Unet
 from fewmask.models.vit import VIT_SHAPES, Vit
@@ -39,10 +41,16 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "mobilenetv4_conv_small": Cnn,
     "resnet18": Cnn,
     "resnet34": Cnn,
+    "tiny": TinyCnn,
 }
 """The encoders in use here; the name of any other CNN of timm is taken too (see `encoder_factory`)."""
 
-SEGMENTERS: dict[str, Callable[..., Segmenter]] = {"unet": Unet, "transunet": Transunet}
+SEGMENTERS: dict[str, Callable[..., Segmenter]] = {
+    "unet": Unet,
+    "transunet": Transunet,
+    "mobile_unet": MobileUnet,
+    "tiny_unet": TinyUnet,
+}
 
 
 def encoder_factory(name: str) -> Callable[..., Encoder]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fewmask.auxiliary import AUXILIARY
 from fewmask.objective import Objective
+from fewmask.pretrain.auxiliary import pretrainer
 from fewmask.pretrain.dino import DINO
 from fewmask.pretrain.g2ll import G2LL
 from fewmask.pretrain.mae import MAE
@@ -19,4 +21,5 @@ PRETRAINERS: dict[str, Callable[..., Objective]] = {
     "simmim": SimMIM,
     "supervised": Supervised,
     "tedmae": TEDMAE,
+    **{name: pretrainer(task) for name, task in AUXILIARY.items()},
 }

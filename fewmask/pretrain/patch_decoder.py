@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fewmask.models.vit import sine_cosine
 from fewmask.pretrain.patches import take
@@ -15,7 +18,8 @@ class PatchDecoder(nn.Module):
     """The decoder of MAE (He et al. 2022): a mask token stands for each hidden patch, positions are fixed sine-cosine.
 
     The visible tokens come first and the mask tokens after them, whatever their place in the image: attention does
-    not mind the order, and nothing has to be shuffled back.
+    not mind the order, and nothing has to be shuffled back. Ours: the last block runs for the mask tokens only, as the
+    visible ones are not read after it (see `last_tokens`).
     """
 
     def __init__(self, encoder_dim: int, grid: int, patch: int, dim: int, depth: int, heads: int) -> None:
@@ -40,8 +44,25 @@ class PatchDecoder(nn.Module):
         embedded = self.embed(tokens)
         known = embedded[:, 1:] + take(positions, visible)
         unknown = self.mask_token + take(positions, masked)
-        decoded = self.blocks(torch.cat([embedded[:, :1], known, unknown.to(known.dtype)], dim=1))
-        return self.head(self.norm(decoded[:, -masked.shape[1] :]))
+        x = torch.cat([embedded[:, :1], known, unknown.to(known.dtype)], dim=1)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return self.head(self.norm(last_tokens(self.blocks[-1], x, masked.shape[1])))
+
+
+def last_tokens(block: Any, x: Tensor, num: int) -> Tensor:
+    """Return `block(x)[:, -num:]` (b, num, d) of tokens (b, n, d) without computing its other rows.
+
+    `block` is timm's, without layer scale or dropout. Keys and values come from all tokens, all else from the last.
+    """
+    attention, seen, x = block.attn, block.norm1(x), x[:, -num:]
+    weight, bias, dim = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
+    query = F.linear(seen[:, -num:], weight[:dim], bias[:dim])
+    key, value = F.linear(seen, weight[dim:], bias[dim:]).chunk(2, dim=2)
+    heads = [part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
+    mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    x = x + attention.proj(mixed)
+    return x + block.mlp(block.norm2(x))
 
 
 def check_decoder(dim: int, depth: int, heads: int) -> None:

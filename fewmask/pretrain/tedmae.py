@@ -27,11 +27,12 @@ from fewmask.pretrain.self_distillation import (
     global_tokens,
     sharpen,
 )
-from fewmask.pretrain.structure import MaskName, build_masking
+from fewmask.pretrain.structure import MaskName, build_masking, draw_regions
 from fewmask.pretrain.student import DecoderShape, Hidden, build_student
 from fewmask.types import Batch, UserError, Views
 
 PREVIEW_SEED = 0
+PREVIEW_CONVERSIONS = 4
 
 
 class TEDMAE(Objective):
@@ -189,13 +190,21 @@ class TEDMAE(Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Return strips: "reconstruction" (b, 3, s, 3 s) and, with EC, "conversion" (b, 3, s, 2 s)."""
+        """Return strips: "reconstruction" as `G2LL.preview` does and, with EC, "conversion" (b, 3, s, 5 s).
+
+        The latter is the image, the conversion the teacher was shown, and three more draws of it.
+        """
         mask = self.masking(batch, torch.Generator().manual_seed(PREVIEW_SEED))
         hidden = Hidden.of(mask, self.masking.num_masked)
-        strips = {"reconstruction": [batch.image, *self.student.paint(batch.image, hidden)]}
+        shown = [denormalise(x) for x in (batch.image, *self.student.paint(batch.image, hidden))]
+        if self.slic is not None:
+            shown.insert(1, draw_regions(shown[0], batch.extra["superpixels"]))
+        strips = {"reconstruction": torch.cat(shown, dim=3)}
         if self.ec:
-            strips["conversion"] = [batch.image, converted(batch)]
-        return {name: torch.cat([denormalise(x) for x in shown], dim=3) for name, shown in strips.items()}
+            with torch.random.fork_rng(devices=[]):  # conversions are drawn on the host
+                more = [self.conversion(batch.image) for _ in range(PREVIEW_CONVERSIONS - 1)]
+            strips["conversion"] = torch.cat([denormalise(x) for x in (batch.image, converted(batch), *more)], dim=3)
+        return strips
 
 
 def converted(batch: Batch) -> Tensor:

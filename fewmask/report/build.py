@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from fewmask.report import provenance, results, training
 from fewmask.report.comparison import comparison
+from fewmask.report.features import features
 from fewmask.report.limits import limits
 from fewmask.report.pictures import KINDS, case_pictures, previews
 from fewmask.report.reading import Record, read_run
@@ -70,6 +71,7 @@ def describe(record: Record, anchor: str) -> dict[str, Any]:
         "pictures": picture_groups(record),
         "training": [training.training(s) for s in record.stages],
         "previews": previews(stage.previews) if stage else [],
+        "features": features(stage),
         "pretraining": provenance.pretraining(record),
         "audit": provenance.audit(record),
         "splits": provenance.splits(record),
@@ -95,7 +97,7 @@ def sections(run: dict[str, Any]) -> list[tuple[str, str]]:
         ("results", "Results", run["table"]),
         ("spread", "Case by case", run["spread"] or run["labels"]),
         ("pictures", "Pictures", run["pictures"] and run["pictures"]["groups"]),
-        ("pretraining", "Pre-training", run["previews"] or run["pretraining"]),
+        ("pretraining", "Pre-training", run["previews"] or run["features"] or run["pretraining"]),
         ("training", "Curves", [stage for stage in run["training"] if stage["charts"] or stage["remarks"]]),
         ("data", "Data", run["audit"] or run["splits"]),
         ("making", "How it was made", True),

@@ -16,10 +16,24 @@ from fewmask.report.wording import title
 from fewmask.types import UserError
 
 MAX_SIDE = 480
-PREVIEW_SIDE = 960
+TILE_SIDE = 240
 JPEG_QUALITY = 80
 NUM_PREVIEWS = 6
 PREVIEW_ORDER = ("original", "image", "input", "masked", "reconstruction")
+STRIPS: dict[str, dict[int, tuple[str, ...]]] = {
+    "reconstruction": {
+        3: ("Image", "Masked", "Reconstruction"),
+        4: ("Image", "Superpixels", "Masked", "Reconstruction"),
+    },
+    "conversion": {5: ("Image", "Converted", "Again", "Again", "Again")},
+    "crops": {2: ("First crop", "Second crop")},
+}
+NOTES = {
+    "reconstruction": "The encoder sees what is left of the image; what was hidden is painted in from that.",
+    "conversion": "The same image in other exteriors: its structure stays, its colours and textures do not.",
+    "crops": "Two crops of one image: what the teacher says of one is what the student should say of the other.",
+    "augmented": "The images as the encoder sees them.",
+}
 KINDS = ("best", "median", "worst")
 
 
@@ -41,7 +55,10 @@ def contour_path(mask: NDArray[np.bool_], width: float, height: float, tolerance
 
 def data_uri(path: Path, max_side: int = MAX_SIDE) -> tuple[str, int, int]:
     """Return a picture as a JPEG data URI without its metadata, at most `max_side` long, with its width and height."""
-    picture = _open(path).convert("RGB")
+    return _embedded(_open(path).convert("RGB"), max_side)
+
+
+def _embedded(picture: Image.Image, max_side: int) -> tuple[str, int, int]:
     picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
@@ -58,29 +75,63 @@ def case_pictures(folder: Path, index: list[dict[str, Any]]) -> list[dict[str, A
     return [_case(folder, entry) for entry in ordered]
 
 
-def previews(paths: list[Path]) -> list[list[dict[str, Any]]]:
-    """Return the first few pre-training previews: a row an image, each picture with its name, URI and size.
+def previews(paths: list[Path]) -> list[dict[str, Any]]:
+    """Return the first few pre-training previews in groups: title, note, and rows of pictures with their captions.
 
-    Files are called NAME_NUMBER.png; those of one number belong together and stand in the order in which a method
-    shows them: what went in, what was hidden, what came out.
+    Files are called NAME_NUMBER.png. Those that are a strip of square pictures are taken apart and stand in a group of
+    their name; the others of one number belong together, in the order in which a method shows them: what went in, what
+    was hidden, what came out.
     """
-    rows: dict[str, list[tuple[str, Path]]] = {}
+    groups: dict[str, dict[str, list[tuple[str, Path]]]] = {}
     for path in paths:
         name, _, index = path.stem.rpartition("_")
-        rows.setdefault(index if name else path.stem, []).append((name or path.stem, path))
-    return [
-        [_preview(*item, len(row)) for item in sorted(row, key=_shown_order)]
-        for row in list(rows.values())[:NUM_PREVIEWS]
-    ]
+        name, index = (name, index) if name else (path.stem, "")
+        group = groups.setdefault(name if name in STRIPS and _num_tiles(path) > 1 else "", {})
+        group.setdefault(index, []).append((name, path))
+    return [_group(name, list(rows.values())[:NUM_PREVIEWS]) for name, rows in sorted(groups.items(), key=_shown_order)]
 
 
-def _shown_order(item: tuple[str, Path]) -> tuple[int, str]:
+def _group(name: str, rows: list[list[tuple[str, Path]]]) -> dict[str, Any]:
+    if name:
+        return {"title": title(name), "note": NOTES[name], "rows": [_strip(name, path) for [(_, path)] in rows]}
+    shown = [[_preview(*item) for item in sorted(row, key=_shown_order)] for row in rows]
+    names = {only for row in rows for only, _ in row}
+    return {"title": title(names.pop()) if len(names) == 1 else "", "note": "", "rows": shown}
+
+
+def _shown_order(item: tuple[str, Any]) -> tuple[int, str]:
     return (PREVIEW_ORDER.index(item[0]) if item[0] in PREVIEW_ORDER else len(PREVIEW_ORDER), item[0])
 
 
-def _preview(name: str, path: Path, num_beside: int) -> dict[str, Any]:
-    uri, width, height = data_uri(path, PREVIEW_SIDE if num_beside == 1 else MAX_SIDE // 2)
-    return {"name": title(name), "uri": uri, "width": width, "height": height}
+def _num_tiles(path: Path) -> int:
+    width, height = _open(path).size
+    return width // height if width % height == 0 else 1
+
+
+def _strip(name: str, path: Path) -> list[dict[str, Any]]:
+    """Return the square pictures of a strip, each with its caption, if it is known by its number of pictures."""
+    strip = _open(path).convert("RGB")
+    side, num = strip.height, strip.width // strip.height
+    captions = STRIPS[name].get(num, ("",) * num)
+    tiles = [strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(num)]
+    return [_picture(caption, _embedded(tile, TILE_SIDE)) for caption, tile in zip(captions, tiles, strict=True)]
+
+
+def _preview(name: str, path: Path) -> dict[str, Any]:
+    return _picture(title(name), data_uri(path, TILE_SIDE))
+
+
+def _picture(name: str, embedded: tuple[str, int, int]) -> dict[str, Any]:
+    uri, width, height = embedded
+    return {"name": name, "uri": uri, "width": width, "height": height}
+
+
+def inside(folder: Path, name: str, index: str) -> Path:
+    """Return the path of a file that `index` names, or raise a UserError where it lies outside its folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder / index} names {name}, which lies outside its folder; make the run again.")
+    return path
 
 
 def _case(folder: Path, entry: dict[str, Any]) -> dict[str, Any]:
@@ -102,10 +153,7 @@ def _thinned(ring: NDArray[np.float64], tolerance: float) -> NDArray[np.float64]
 
 
 def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder / 'index.json'} names {name}, which lies outside its folder; evaluate the run again.")
-    return path
+    return inside(folder, name, "index.json")
 
 
 def _open(path: Path) -> Image.Image:

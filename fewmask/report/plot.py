@@ -153,13 +153,16 @@ def histogram(title: str, values: Sequence[float], label: str, unit: str, *, num
     return _svg(title, parts)
 
 
-def scatter(title: str, points: Sequence[tuple[float, float, str]], x: Axis, y: Axis) -> Markup:
-    """Draw one translucent dot a point, with its own hover title."""
+def scatter(
+    title: str, points: Sequence[tuple[float, float, str]], x: Axis, y: Axis, *, styles: Sequence[str] = ()
+) -> Markup:
+    """Draw one translucent dot a point, with its own hover title and, if `styles` has one for each, its own style."""
     place = _placer(x, y)
     parts = [_frame(x, y)]
-    for px, py, text in points:
+    for (px, py, text), style in zip(points, styles or [""] * len(points), strict=True):
         cx, cy = place(px, py)
-        parts.append(f'<circle class="dot" cx="{cx}" cy="{cy}" r="3">{_title(text)}</circle>')
+        name = f"dot {style}".rstrip()
+        parts.append(f'<circle class="{name}" cx="{cx}" cy="{cy}" r="3">{_title(text)}</circle>')
     return _svg(title, parts)
 
 

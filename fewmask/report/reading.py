@@ -18,7 +18,10 @@ HOME = re.compile(r"(?:/(?:home|Users)/[^/\s\"']+|/root|[A-Za-z]:[\\/]Users[\\/]
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage: `info` is stage.json, `steps` and `epochs` the log without what a resume did again."""
+    """One training stage: `info` is stage.json, `features` features.json, the lists are the log's.
+
+    `steps`, `epochs` and `probes` are without what a resume did again; `remarks` are the log's sentences, each once.
+    """
 
     name: str
     info: dict[str, Any]
@@ -27,6 +30,10 @@ class Stage:
     resumes: list[float] = field(default_factory=list)
     num_unreadable: int = 0
     previews: list[Path] = field(default_factory=list)
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    folder: Path = Path()
+    features: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,8 +93,13 @@ def read_stage(folder: Path) -> Stage | None:
     if info is None and not previews and not log.is_file():
         return None
     rows, num_unreadable = _log(log)
-    steps, epochs, resumes = _without_repeats(rows)
-    return Stage(folder.name, hide_home(info or {}), steps, epochs, resumes, num_unreadable, previews)
+    kept, resumes = _without_repeats(rows)
+    texts = [hide_home(str(row.get("text", ""))) for row in rows if row.get("kind") == "remark"]
+    return Stage(
+        folder.name, hide_home(info or {}), kept["step"], kept["epoch"], resumes, num_unreadable, previews,
+        probes=kept["probe"], remarks=list(dict.fromkeys(texts)), folder=folder,
+        features=hide_home(_mapping(folder / "features.json")),
+    )  # fmt: skip
 
 
 def hide_home(value: Any) -> Any:
@@ -177,9 +189,9 @@ def _log_text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
 
 
-def _without_repeats(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[float]]:
-    """Return steps, epochs and where it resumed; a step done again after a resume replaces the first attempt."""
-    kept: dict[str, list[dict[str, Any]]] = {"step": [], "epoch": []}
+def _without_repeats(rows: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], list[float]]:
+    """Return the lines of each kind and where it resumed; what was done again after a resume replaces the first."""
+    kept: dict[str, list[dict[str, Any]]] = {"step": [], "epoch": [], "probe": []}
     resumes = []
     for row in rows:
         kind = row.get("kind")
@@ -191,4 +203,4 @@ def _without_repeats(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], 
         while series and series[-1].get("step", 0) >= row.get("step", 0):
             series.pop()
         series.append(row)
-    return kept["step"], kept["epoch"], resumes
+    return kept, resumes

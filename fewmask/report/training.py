@@ -7,10 +7,14 @@ from typing import Any
 
 from fewmask.report.plot import Axis, Point, Series, line_chart, span, thin
 from fewmask.report.reading import Stage
-from fewmask.report.wording import NONE, count, counted, duration, fixed, number, percent, stage_name, title
+from fewmask.report.wording import NONE, count, counted, duration, fixed, lowered, number, percent, stage_name, title
 
 RESERVED = {"kind", "step", "epoch", "progress", "loss", "lr", "images_per_s", "data_wait", "seconds", "score"}
 STYLES = ("main", "second", "third", "fourth")
+GUARD = ("feature_std", "teacher_entropy", "teacher_information")
+# Below these the collapse guard of pre-training counts a step as a sign of collapse.
+MIN_STD, MIN_INFORMATION = 0.01, 1e-3
+PROBE = {"knn_balanced_accuracy": "Balanced accuracy", "knn_accuracy": "Accuracy"}
 MAX_TERMS = 4
 LOG_SPREAD = 30.0
 
@@ -19,7 +23,8 @@ Chart = dict[str, Any]
 
 def training(stage: Stage) -> dict[str, Any]:
     """Return the charts, facts and remarks of a stage; the charts are those the log has figures for."""
-    charts = [loss_chart(stage), score_chart(stage), terms_chart(stage), rate_chart(stage)]
+    charts = [loss_chart(stage), score_chart(stage), probe_chart(stage), *term_charts(stage)]
+    charts += [guard_chart(stage), rate_chart(stage)]
     return {
         "name": stage.name,
         "title": stage_name(stage.name),
@@ -61,21 +66,74 @@ def score_chart(stage: Stage) -> Chart | None:
     return {"title": "Validation score", "svg": svg, "note": note, "legend": []}
 
 
-def terms_chart(stage: Stage) -> Chart | None:
-    """Return the terms the loss is made of, when the objective logged at least two."""
-    rows = stage.steps or stage.epochs
-    keys = [k for k in (rows[0] if rows else {}) if k not in RESERVED and len(_points(rows, k)) == len(rows)]
-    if len(keys) < 2:
+def probe_chart(stage: Stage) -> Chart | None:
+    """Return how well neighbours in the space of the features name the class of an image, over epochs."""
+    lines = {name: _points(stage.probes, key) for key, name in PROBE.items()}
+    if not all(lines.values()):
         return None
-    series = [Series(title(k), thin(_points(rows, k))[0], style) for k, style in zip(keys, STYLES, strict=False)]
-    values = [y for one in series for _, y in one.points]
-    positive = [v for v in values if v > 0]
-    log = len(positive) == len(values) and max(values) / min(values) > LOG_SPREAD
-    svg = line_chart("Loss terms", series, _epochs(stage), span(values, "Value", log=log), marks=_marks(stage))
-    legend = [{"name": one.name, "style": one.style} for one in series]
-    left_out = [title(k) for k in keys[MAX_TERMS:]]
-    return {"title": "Loss terms", "svg": svg, "note": f"Not drawn: {', '.join(left_out)}." if left_out else "",
-            "legend": legend}  # fmt: skip
+    series = [Series(name, points, style) for (name, points), style in zip(lines.items(), STYLES, strict=False)]
+    y = span([value for one in series for _, value in one.points], "Share named rightly")
+    svg = line_chart("Nearest-neighbour probe", series, _epochs(stage), y, marks=_marks(stage))
+    majority = number(stage.probes[-1].get("majority"))
+    floor = "" if majority is None else f" Always naming the most frequent class would reach {majority:.3f}."
+    last = ", ".join(f"{one.name.lower()} {one.points[-1][1]:.3f}" for one in series)
+    note = (
+        f"Labelled images named by the vote of their nearest others, those of the same patient left out. Last: {last}."
+        f"{floor} Nothing was chosen by it."
+    )
+    return {"title": "Nearest-neighbour probe", "svg": svg, "note": note, "legend": _legend(series)}
+
+
+def term_charts(stage: Stage) -> list[Chart]:
+    """Return one chart for each term the loss is made of, when the objective logged at least two."""
+    rows = stage.steps or stage.epochs
+    known = [k for k in (rows[0] if rows else {}) if k not in RESERVED and k not in GUARD]
+    keys = [k for k in known if len(_points(rows, k)) == len(rows)]
+    if len(keys) < 2:
+        return []
+    charts = [_term_chart(stage, rows, key) for key in keys[:MAX_TERMS]]
+    if len(keys) > MAX_TERMS:
+        charts[-1]["note"] = f"Not drawn: {', '.join(title(k) for k in keys[MAX_TERMS:])}."
+    return charts
+
+
+def _term_chart(stage: Stage, rows: list[dict[str, Any]], key: str) -> Chart:
+    means, _, _ = thin(_points(rows, key))
+    values = [y for _, y in means]
+    log = min(values) > 0 and max(values) / min(values) > LOG_SPREAD
+    axis = span(values, title(key), log=log)
+    svg = line_chart(title(key), [Series(title(key), means)], _epochs(stage), axis, marks=_marks(stage))
+    return {"title": f"Loss term: {lowered(title(key))}", "svg": svg, "note": "", "legend": []}
+
+
+def guard_chart(stage: Stage) -> Chart | None:
+    """Return the figures that tell whether the representation says the same of every image, with what they say."""
+    keys = [key for key in GUARD if len(_points(stage.steps, key)) >= 2]
+    if not keys:
+        return None
+    series = [
+        Series(title(key), thin(_points(stage.steps, key))[0], style) for key, style in zip(keys, STYLES, strict=False)
+    ]
+    svg = line_chart("Signs of collapse", series, _epochs(stage), Axis(0.0, 1.0, "Share of the greatest"))
+    return {"title": "Signs of collapse", "svg": svg, "note": guard_sentence(stage), "legend": _legend(series)}
+
+
+def guard_sentence(stage: Stage) -> str:
+    """Return what the last tenth of the logged steps says about collapse."""
+    last = stage.steps[-max(1, len(stage.steps) // 10) :]
+    std, entropy, information = (_mean(last, key) for key in GUARD)
+    if std is not None and std < MIN_STD:
+        return f"Collapsed: at the end the features of all images point the same way (feature std {std:.2g})."
+    if information is not None and information < MIN_INFORMATION:
+        return f"Collapsed: at the end the teacher answers the same to every image (information {information:.2g})."
+    parts = [] if std is None else [f"feature std {std:.2f} (0: all images alike, 1: as different as can be)"]
+    parts += [] if entropy is None else [f"teacher entropy {entropy:.2f} (0: always sure, 1: never)"]
+    parts += [] if information is None else [f"teacher information {information:.2g} (0: one answer to every image)"]
+    return f"No sign of collapse at the end: {', '.join(parts)}."
+
+
+def _legend(series: list[Series]) -> list[dict[str, str]]:
+    return [{"name": one.name, "style": one.style} for one in series]
 
 
 def rate_chart(stage: Stage) -> Chart | None:
@@ -137,7 +195,7 @@ def remarks(stage: Stage) -> list[str]:
     if stage.num_unreadable:
         lines = counted(stage.num_unreadable, "line")
         found.append(f"{lines} of the log could not be read and had to be left out; a killed run leaves one torn.")
-    return found
+    return [*found, *(f"The log says: {text.rstrip('.')}." for text in stage.remarks)]
 
 
 def best_score(stage: Stage) -> tuple[float, float] | None:

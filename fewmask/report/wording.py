@@ -87,6 +87,11 @@ def title(key: str) -> str:
     return words[:1].upper() + words[1:]
 
 
+def lowered(text: str) -> str:
+    """Return words with a small first letter, for the middle of a line; an acronym stays as it is."""
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
+
+
 def stage_name(key: str) -> str:
     """Return the reader's name of a stage folder."""
     return STAGE_NAMES.get(key, title(key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import fewmask
 from fewmask.commands.export import export
+from fewmask.data.cache import num_cores
 from fewmask.deploy.latency import IMAGES, THREADS
 from fewmask.models import build_encoder, build_segmenter, save_model
 from fewmask.types import UserError
@@ -25,12 +27,24 @@ def test_a_run_becomes_one_file_that_predicts_as_the_run(tmp_path: Path, capsys:
     path = tmp_path / "model.onnx"
     assert facts["megabytes"] == pytest.approx(path.stat().st_size / 1e6)
     assert facts["num_parameters"] == sum(p.numel() for p in segmenter.parameters())
-    assert len(facts["latency"]) == len(IMAGES) * len(THREADS)
+    assert len(facts["latency"]) == (len(IMAGES) + 1) * sum(number <= num_cores() for number in THREADS)
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in facts["latency"])
     image = np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8)
     exported, trained = fewmask.load(path), fewmask.load(tmp_path)
     assert np.abs(exported(image) - trained(image)).max() <= 1e-3
     assert exported.metadata["run_fingerprint"] == trained.metadata["run_fingerprint"]
+
+
+def test_what_a_reader_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    segmenter = build_segmenter("tiny_unet", build_encoder("tiny", size=64))
+    save_model(tmp_path / "finetune" / "model.safetensors", segmenter)
+    assert export(tmp_path, tmp_path / "small.onnx", False) == 0
+    text = capsys.readouterr().out
+    assert "0.097 M parameters, network input 64x64" in text
+    assert "0.005 GMac at 64x64, 0.081 at 256x256" in text
+    assert re.search(r"^64x64 network alone, 1 thread: p50 [\d.]+ ms, p95 [\d.]+ ms$", text, re.MULTILINE)
+    assert re.search(r"^1024x768 photo, 1 thread: p50", text, re.MULTILINE)
 
 
 def test_a_folder_without_a_segmenter_is_a_sentence(tmp_path: Path) -> None:

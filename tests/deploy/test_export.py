@@ -44,6 +44,13 @@ class Tiny(nn.Module):
         return SegOutput(self.last(hidden) * 4, [hidden])
 
 
+class Fixed(Tiny):
+    def forward(self, image: Tensor) -> SegOutput:
+        if image.shape[-1] == 256:
+            raise UserError("It needs another size.")
+        return super().forward(image)
+
+
 class Noisy(Tiny):
     def forward(self, image: Tensor) -> SegOutput:
         clean = super().forward(image)
@@ -60,7 +67,9 @@ def segmenter_of(name: str) -> nn.Module:
     torch.manual_seed(1)
     if name == "tiny":
         return Tiny()
-    segmenter = build_segmenter("unet", build_encoder("efficientnet_lite0", size=64))
+    encoder = build_encoder("tiny" if name == "tiny_unet" else "efficientnet_lite0", size=64)
+    encoder.input_affine.expect((0.5, 0.45, 0.4), (0.25, 0.3, 0.2))
+    segmenter = build_segmenter(name, encoder)
     # The running statistics of an untrained network would shrink or blow up every signal.
     for module in segmenter.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -70,7 +79,7 @@ def segmenter_of(name: str) -> nn.Module:
     return segmenter
 
 
-@pytest.mark.parametrize("name", ["tiny", "unet"])
+@pytest.mark.parametrize("name", ["tiny", "unet", "tiny_unet"])
 def test_parity_with_torch_on_every_probe(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     segmenter = segmenter_of(name).train()
     before = {key: value.clone() for key, value in segmenter.state_dict().items()}
@@ -80,6 +89,7 @@ def test_parity_with_torch_on_every_probe(name: str, tmp_path: Path, capfd: pyte
     assert all(torch.equal(before[key], value) for key, value in segmenter.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert facts["num_parameters"] == sum(p.numel() for p in segmenter.parameters())
+    assert facts["gmacs_256"] == pytest.approx(16 * facts["gmacs"], rel=0.01)
     parity = facts["parity"]
     assert parity["exact_difference"] <= EXACT_DIFFERENCE
     assert parity["max_difference"] <= MAX_DIFFERENCE
@@ -109,6 +119,12 @@ def test_metadata_round_trip_and_no_trace_of_this_machine(tmp_path: Path) -> Non
     model = onnx.load(out)
     assert not [tensor for tensor in model.graph.initializer if tensor.external_data]
     assert json.loads(next(p.value for p in model.metadata_props if p.key == "threshold")) == 0.4
+
+
+def test_a_size_that_256_does_not_fit_is_no_mistake(tmp_path: Path) -> None:
+    facts = export_onnx(Fixed(), 24, tmp_path / "model.onnx", {})
+    assert facts["gmacs"] == pytest.approx(24**2 * (8 * 27 + 8 * 9) / 1e9)
+    assert facts["gmacs_256"] is None
 
 
 def test_a_network_that_does_not_agree_with_itself_is_not_written(tmp_path: Path) -> None:

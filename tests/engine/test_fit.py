@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from fewmask.config import RunSection, StageSection
 from fewmask.engine.checkpoint import checkpoints
-from fewmask.engine.fit import accelerator_for
+from fewmask.engine.fit import accelerator_for, synchronise_norms
 from fewmask.engine.optim import build_optimiser, learning_rate
 from fewmask.engine.run import Run
+from fewmask.engine.stage import CLOCKS
+from fewmask.models import build_encoder
 from fewmask.types import Interrupted, UserError
 from tests.engine.tiny import BATCH, TinyObjective, TinyStream, train
 
@@ -143,6 +145,46 @@ def test_the_best_product_survives_a_kill_after_it(tmp_path):
     assert_equal(state(product), state(expected))
 
 
+def log_of(folder, kind):
+    lines = (folder / "pretrain" / "log.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if line["kind"] == kind]
+
+
+def test_a_watch_is_logged_at_its_period_and_after_the_last_step_and_chooses_nothing(tmp_path):
+    seen = []
+
+    def watch(product):
+        product.eval()
+        seen.append(state(product))
+        return {"height": -float(len(seen))}
+
+    product, facts, _ = train(tmp_path, epochs=5, watch=watch, probe_every=2)
+    assert [(line["step"], line["epoch"], line["height"]) for line in log_of(tmp_path, "probe")] == [
+        (6, 2.0, -1.0), (12, 4.0, -2.0), (15, 5.0, -3.0),
+    ]  # fmt: skip
+    assert_equal(state(product), seen[-1])
+    assert (facts["best_score"], facts["best_step"]) == (None, None)
+
+
+def test_without_a_period_nobody_watches(tmp_path):
+    train(tmp_path, watch=lambda product: pytest.fail("it was called"), probe_every=0)
+
+
+def test_a_watch_changes_no_weight_however_often_it_looks_and_whatever_it_draws(tmp_path):
+    def watch(product):
+        product.eval()
+        torch.rand(7)
+        return {"height": 0.0}
+
+    _, _, whole = train(tmp_path / "whole")
+    _, _, watched = train(tmp_path / "watched", watch=watch, probe_every=1)
+    with pytest.raises(MemoryError):
+        train(tmp_path / "killed", stream=DiesAt(7), watch=watch, probe_every=2)
+    _, _, resumed = train(tmp_path / "killed", watch=watch, probe_every=2)
+    assert_equal(state(whole), state(watched))
+    assert_equal(state(whole), state(resumed))
+
+
 class Clocked(TinyStream):
     """Makes every step take a tenth of a second of a clock that only it moves."""
 
@@ -155,7 +197,7 @@ class Clocked(TinyStream):
 
 def test_a_time_budget_ends_the_training_and_the_schedule(tmp_path, monkeypatch):
     stream = Clocked()
-    monkeypatch.setattr("fewmask.engine.stage.time.monotonic", lambda: stream.now)
+    monkeypatch.setitem(CLOCKS, "wall", lambda: stream.now)
     _, facts, _ = train(tmp_path, epochs=10**6, stream=stream, budget=2.05, every=1e9)
     lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
@@ -301,6 +343,20 @@ def test_damaged_best_weights_are_chosen_anew(tmp_path):
     product, facts, _ = train(tmp_path, validate=validate)
     assert facts["best_step"] > 6
     assert validate(product)["score"] == pytest.approx(facts["best_score"])
+
+
+def test_norms_are_synchronised_with_their_values_names_and_fused_activations():
+    torch.manual_seed(0)
+    encoder = build_encoder("efficientnet_lite0", size=32)
+    model = torch.nn.ModuleDict({"one": encoder, "again": torch.nn.ModuleList([encoder])}).eval()
+    plain = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    image = torch.randn(2, 3, 32, 32)
+    before, expected = state(model), [f.detach() for f in encoder(image)]
+    synchronise_norms(model)
+    synchronised = sum(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    assert plain == synchronised > 20
+    assert_equal(before, state(model))
+    assert all(map(torch.equal, expected, encoder(image)))
 
 
 def test_layer_decay_without_blocks_is_refused():

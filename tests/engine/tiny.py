@@ -61,11 +61,17 @@ class TinyObjective(Objective):
 
 def train(
     folder, *, epochs=4, stream=None, validate=None, budget=None, lr=1e-2, every=0.0, seed=0, objective=TinyObjective,
-    **run_settings,
+    watch=None, probe_every=0, **run_settings,
 ):  # fmt: skip
     """Run the real loop in a folder; return (product, facts, objective)."""
     settings = StageSection(
-        method={"name": "tiny"}, epochs=epochs, batch_size=BATCH, lr=lr, min_epoch_steps=1, checkpoint_seconds=every
+        method={"name": "tiny"},
+        epochs=epochs,
+        batch_size=BATCH,
+        lr=lr,
+        min_epoch_steps=1,
+        checkpoint_seconds=every,
+        probe_every=probe_every,
     )
     section = RunSection(seed=seed, device="cpu", **run_settings)
     torch.manual_seed(seed)
@@ -74,5 +80,5 @@ def train(
         folder, "test", {"run": section.model_dump(mode="json"), "stage": settings.model_dump(mode="json")}
     ) as run:
         stage = Stage(run, "pretrain", budget)
-        product, facts = fit(made, stream or TinyStream(), settings, stage, section, validate)
+        product, facts = fit(made, stream or TinyStream(), settings, stage, section, validate, watch)
     return product, facts, made

@@ -98,3 +98,26 @@ def test_nothing_to_validate_on_is_a_users_mistake() -> None:
         Validation(make_cached(2, 32), [], 32)
     with pytest.raises(UserError, match="val"):
         Validation(Cached(np.zeros((2, 8, 8, 3), np.uint8), None), [0], 8)
+
+
+class Blur(Red):
+    """A segmenter whose convolution obeys autocast, and that writes down in what precision it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blur = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        nn.init.constant_(self.blur.weight, 1 / 27)
+        self.dtypes: list[torch.dtype] = []
+
+    def forward(self, image: Tensor) -> SegOutput:
+        blurred = self.blur(image)
+        self.dtypes.append(blurred.dtype)
+        return SegOutput(20 * blurred[:, :1], [])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_it_runs_in_the_precision_of_the_training(precision: str, dtype: torch.dtype) -> None:
+    cached, network = make_cached(6, 40), Blur()
+    score = Validation(cached, range(6), 40, precision=precision)(network)["score"]
+    assert set(network.dtypes) == {dtype}
+    assert score == pytest.approx(Validation(cached, range(6), 40)(network)["score"], abs=0.02)

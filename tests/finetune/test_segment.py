@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fewmask.finetune.average import WeightAverage
 from fewmask.finetune.segment import Segment, draw_outline
 from fewmask.types import Batch, SegOutput, UserError
 
@@ -41,21 +40,6 @@ def test_the_loss_mixes_cross_entropy_and_dice(dice_weight):
     torch.testing.assert_close(out["loss"], (1 - dice_weight) * cross_entropy + dice_weight * dice)
 
 
-@pytest.mark.parametrize("decay", [0.15, 0.9])
-def test_the_average_follows_its_formula(decay):
-    model = nn.Linear(2, 1)
-    average = WeightAverage(model, decay)
-    expected = model.weight.detach().clone().double()
-    for t in range(30):
-        with torch.no_grad():
-            model.weight += torch.tensor([[1.0, -0.5]]) * (t % 3)
-        average.update(model)
-        d = min(decay, (1 + t) / (10 + t))
-        expected = d * expected + (1 - d) * model.weight.detach().double()
-        torch.testing.assert_close(average.model.weight.double(), expected, atol=1e-4, rtol=1e-5)
-    assert average.num_updates == 30
-
-
 def test_the_averaged_copy_takes_batchnorm_statistics_and_no_gradient():
     objective = make("segment", average=0.9)
     train(objective, 4)
@@ -75,16 +59,6 @@ def test_the_averaged_copy_stays_in_eval_mode():
     objective.train()
     assert objective.segmenter.encoder[1].training
     assert not any(module.training for module in objective.product().modules())
-
-
-def test_an_interrupted_average_goes_on_where_it_stopped():
-    model = nn.Linear(2, 1)
-    average = WeightAverage(model, 0.99)
-    for _ in range(5):
-        average.update(model)
-    other = WeightAverage(model, 0.99)
-    other.load_state_dict(average.state_dict())
-    assert other.num_updates == 5
 
 
 @pytest.mark.parametrize(("settings", "message"), [

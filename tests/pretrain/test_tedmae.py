@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from fewmask.data.preprocess import denormalise
 from fewmask.models import build_encoder
 from fewmask.pretrain.dynamic_features import DynamicFeatures
 from fewmask.pretrain.mae import MAE
@@ -141,8 +144,19 @@ def test_preview_shows_reconstruction_and_conversion():
     state = torch.get_rng_state()
     shown = subject.preview(batch)
     assert torch.equal(state, torch.get_rng_state())
-    assert {name: picture.shape[3] // SIZE for name, picture in shown.items()} == {"reconstruction": 3, "conversion": 2}
+    assert {name: picture.shape[3] // SIZE for name, picture in shown.items()} == {"reconstruction": 3, "conversion": 5}
     assert all(0 <= p.min() <= p.max() <= 1 for p in shown.values())
+    image, taught, *more = shown["conversion"].split(SIZE, dim=3)
+    assert torch.equal(image, denormalise(batch.image))
+    assert torch.equal(taught, denormalise(batch.extra["converted"]))
+    kinds = [image, taught, *more]
+    assert all(not torch.equal(a, b) for a, b in combinations(kinds, 2))
+    assert set(tedmae(ec=False, df=False).eval().preview(batch)) == {"reconstruction"}
+
+
+def test_preview_shows_the_superpixels_its_masks_follow():
+    subject = tedmae(mask="semantic").eval()
+    assert subject.preview(views_of(subject))["reconstruction"].shape[3] == 4 * SIZE
 
 
 def test_bad_settings_and_batches_are_told():

@@ -122,12 +122,51 @@ def test_an_index_cannot_reach_outside_its_folder(make_run: MakeRun, name: str) 
 def test_previews_of_one_image_stand_side_by_side_in_the_order_of_the_method(make_run: MakeRun) -> None:
     stage = read_run(make_run()).stage("pretrain")
     assert stage is not None
-    rows = previews(stage.previews)
-    assert [[picture["name"] for picture in row] for row in rows] == 4 * [["Original", "Masked", "Reconstruction"]]
+    (group,) = previews(stage.previews)
+    names = [[picture["name"] for picture in row] for row in group["rows"]]
+    assert names == 4 * [["Original", "Masked", "Reconstruction"]]
 
 
-def test_a_preview_that_is_a_strip_of_its_own_makes_a_row(tmp_path: Path) -> None:
-    paths = [tmp_path / f"reconstruction_{n:02d}.png" for n in range(3)]
-    for path in paths:
-        Image.new("RGB", (90, 30)).save(path)
-    assert [len(row) for row in previews(paths)] == [1, 1, 1]
+COLOURS = [(220, 30, 30), (30, 200, 40), (40, 50, 210), (200, 200, 40), (20, 20, 20)]
+
+
+def write_strip(path: Path, num: int, side: int = 32) -> Path:
+    strip = Image.new("RGB", (num * side, side))
+    for i in range(num):
+        strip.paste(COLOURS[i], (i * side, 0, (i + 1) * side, side))
+    strip.save(path)
+    return path
+
+
+def colour_of(uri: str) -> np.ndarray:
+    with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")))) as picture:
+        return np.asarray(picture).mean((0, 1))
+
+
+def test_strips_are_taken_apart_into_captioned_pictures_a_group_a_name(tmp_path: Path) -> None:
+    paths = [write_strip(tmp_path / f"conversion_{n:02d}.png", 5) for n in range(2)]
+    paths += [write_strip(tmp_path / f"reconstruction_{n:02d}.png", 4) for n in range(2)]
+    reconstruction, conversion = previews(paths)
+    captions = [[[picture["name"] for picture in row] for row in g["rows"]] for g in (reconstruction, conversion)]
+    assert captions[0] == 2 * [["Image", "Superpixels", "Masked", "Reconstruction"]]
+    assert captions[1] == 2 * [["Image", "Converted", "Again", "Again", "Again"]]
+    assert (reconstruction["title"], conversion["title"]) == ("Reconstruction", "Conversion")
+    for row in reconstruction["rows"]:
+        assert [(picture["width"], picture["height"]) for picture in row] == 4 * [(32, 32)]
+        for picture, colour in zip(row, COLOURS, strict=False):
+            assert colour_of(picture["uri"]) == pytest.approx(colour, abs=6)
+
+
+def test_the_number_of_pictures_of_a_strip_chooses_its_captions(tmp_path: Path) -> None:
+    (masked,) = previews([write_strip(tmp_path / "reconstruction_00.png", 3)])
+    assert [picture["name"] for picture in masked["rows"][0]] == ["Image", "Masked", "Reconstruction"]
+    (crops,) = previews([write_strip(tmp_path / "crops_00.png", 2)])
+    assert [picture["name"] for picture in crops["rows"][0]] == ["First crop", "Second crop"]
+    (unknown,) = previews([write_strip(tmp_path / "crops_01.png", 5)])
+    assert [picture["name"] for picture in unknown["rows"][0]] == [""] * 5
+
+
+def test_a_picture_of_no_known_name_stays_whole(tmp_path: Path) -> None:
+    (group,) = previews([write_strip(tmp_path / "attention_00.png", 3)])
+    ((picture,),) = group["rows"]
+    assert (picture["name"], picture["width"], picture["height"]) == ("Attention", 96, 32)

@@ -124,3 +124,14 @@ def test_the_home_of_whoever_builds_the_page_is_hidden_too(monkeypatch: pytest.M
     assert hide_home("/srv/people/ada/run and /srv/people/adam") == "~/run and /srv/people/adam"
     monkeypatch.setenv("HOME", "/")
     assert hide_home("/data/run") == "/data/run"
+
+
+def test_probes_and_remarks_are_read_once_each(tmp_path: Path) -> None:
+    lines = [{"kind": "remark", "text": "no sun"}, {"kind": "probe", "step": 10, "knn_accuracy": 0.5}]
+    lines += [{"kind": "probe", "step": 20, "knn_accuracy": 0.6}, {"kind": "resume", "step": 10}]
+    lines += [{"kind": "remark", "text": "no sun"}, {"kind": "probe", "step": 20, "knn_accuracy": 0.7}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    stage = read_stage(tmp_path)
+    assert stage is not None
+    assert [(row["step"], row["knn_accuracy"]) for row in stage.probes] == [(10, 0.5), (20, 0.7)]
+    assert stage.remarks == ["no sun"]

@@ -1,0 +1,170 @@
+"""The distill stage: a student learns from its teachers on every image it may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewmask.commands.predictions import predict_all
+from fewmask.commands.prepare import Prepared
+from fewmask.commands.select import SELECTION, chosen_folders
+from fewmask.commands.stages import finish, objective_for
+from fewmask.config import DistillSection, Recipe
+from fewmask.data.loader import Loader
+from fewmask.data.streams import MixedLoader
+from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
+from fewmask.engine.run import Run, read_json, seed_step
+from fewmask.engine.stage import Stage
+from fewmask.evaluate.results import Row, read_case_csv
+from fewmask.evaluate.score import compare
+from fewmask.evaluate.validation import Validation
+from fewmask.models import Segmenter, load_model
+from fewmask.types import UserError
+
+PREDICTIONS = "predictions.npy"
+TEACHER_STAGES = ("finetune", "distill")
+
+
+def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], budget: float | None = None) -> Path:
+    """Train the recipe's student from the teachers, chosen by validation Dice; return the path of its weights.
+
+    `teachers` are model files or run folders. Images without a mask, but for those that a test image's patient or copy
+    shows, take part unless `distill.unlabelled` is false. Raises UserError for a teacher that cannot be one.
+    """
+    section, stage = recipe.distill, Stage(run, "distill", budget, recipe.run.clock)
+    assert section is not None
+    path = stage.folder / "model.safetensors"
+    if stage.done:
+        return path
+    files = [file for teacher in teachers for file in find_teachers(teacher)]
+    if not files:
+        raise UserError("There is no teacher to learn from; give one, for example distill.teachers='[\"RUN\"]'.")
+    if section.predict_once and section.method.get("losses") != {}:
+        raise UserError(
+            "distill.predict_once keeps predictions alone, and distill.method.losses compares networks as they train: "
+            "set distill.method.losses={} and distill.method.pseudo_weight=1, or predict_once=false."
+        )
+    seed_step(recipe.run.seed, 0, stream=4)
+    models = [load_teacher(file) for file in files]
+    objective = objective_for("distill", recipe, recipe.student.weights, teachers=models)
+    once = partial(remember, stage, recipe, data, models) if section.predict_once else None
+    loader = stream(recipe, section, data, once)
+    validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
+    product, facts = fit(objective, loader, section, stage, recipe.run, validate)
+    facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
+    facts |= {"num_labelled": len(data.labelled), "weights": recipe.student.weights}
+    finish(stage, path, product, section, objective, loader, facts)
+    (stage.folder / PREDICTIONS).unlink(missing_ok=True)
+    return path
+
+
+def remember(
+    stage: Stage, recipe: Recipe, data: Prepared, teachers: Sequence[Segmenter], indices: Sequence[int]
+) -> np.ndarray:
+    """Return what the teachers say of the images, from the stage's folder where they were asked before."""
+    device = accelerator_for(recipe.run).device
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(recipe.run))
+    return predict_all(stage.folder / PREDICTIONS, teachers, data.dataset, indices, recipe.model.size, device, half)
+
+
+def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callable[..., np.ndarray] | None) -> Stream:
+    """Return the batches of a distillation: labelled images alone, or beside those without a mask.
+
+    `once`, where given, returns predictions for images without a mask, which then come with each batch.
+    """
+    labelled = set(data.labelled)
+    others = [i for i in data.body if i not in labelled] if section.unlabelled else []
+    seed, least = recipe.run.seed, section.min_epoch_steps
+    if not others:
+        return Loader(data.dataset, data.labelled, section.batch_size, seed, least)
+    num = min(max(round(section.labelled_share * section.batch_size), 1), section.batch_size - 1)
+    if num < 1:
+        raise UserError("distill.batch_size must be at least 2 to hold images with and without masks; raise it.")
+    known = Loader(data.dataset, data.labelled, num, seed, least)
+    maps = {"prediction": once(others)} if once is not None else None
+    return MixedLoader(known, Loader(data.dataset, others, section.batch_size - num, seed, least, maps))
+
+
+def find_teachers(path: Path) -> list[Path]:
+    """Return the model files meant by a path: those a selection chose, or the one of a run folder or a file."""
+    folders = chosen_folders(path) if (path / SELECTION).is_file() else [path]
+    return [find_teacher(folder) for folder in folders]
+
+
+def find_teacher(path: Path) -> Path:
+    """Return the model file of a teacher: a file, or of a run folder the fine-tuned segmenter, else a distilled one."""
+    if path.is_file():
+        return path
+    found = next((file for stage in TEACHER_STAGES if (file := path / stage / "model.safetensors").is_file()), None)
+    if found is None:
+        raise UserError(
+            f"The teacher {path} is no model file and no run folder with a finetune/model.safetensors; finish its "
+            "fine-tuning first, or name another in distill.teachers."
+        )
+    return found
+
+
+def load_teacher(path: Path) -> Segmenter:
+    """Return a teacher's segmenter; a file that holds an encoder alone raises a UserError."""
+    model, _ = load_model(path)
+    if not isinstance(model, Segmenter):
+        raise UserError(
+            f"The teacher {path} is an encoder, which gives no masks; give a run that was fine-tuned, in "
+            "distill.teachers."
+        )
+    return model
+
+
+def compare_student(run: Path) -> dict[str, Any]:
+    """Return what a run's student lost and gained against its teacher, ready for JSON.
+
+    "student" and "teacher" hold parameters, megabytes, GMacs and the median milliseconds of a 256x256 photo on one
+    thread; "splits", by split, the means of both and the paired difference of Dice, student minus teacher.
+    """
+    splits = {}
+    for path in sorted(run.glob("cases_*.csv")):
+        if (other := run / "finetune" / path.name).exists():
+            ours, theirs = read_case_csv(path), read_case_csv(other)
+            means = {name: {"dice": mean_of(rows, "dice"), "hd95_256": mean_of(rows, "hd95_256")}
+                     for name, rows in (("student", ours), ("teacher", theirs))}  # fmt: skip
+            splits[path.stem.removeprefix("cases_")] = {**means, **compare(ours, theirs)}
+    return {"student": cost_of(run), "teacher": cost_of(run / "finetune"), "splits": splits}
+
+
+def mean_of(rows: Sequence[Row], metric: str) -> float:
+    """Return the mean of a metric over cases, those where it is not defined left out."""
+    return float(np.nanmean([float(row[metric]) for row in rows]))
+
+
+def cost_of(folder: Path) -> dict[str, Any]:
+    """Return the size and speed that export.json tells."""
+    facts = read_json(folder / "export.json")
+    photos = [row for row in facts["latency"] if not row.get("network_only")]
+    latency = next((row for row in photos if row["threads"] == 1 and row["height"] == 256), {})
+    return {
+        "num_parameters": facts["num_parameters"],
+        "megabytes": facts["megabytes"],
+        "gmacs": facts.get("gmacs"),
+        "ms": latency.get("p50_ms"),
+    }
+
+
+def lost_and_gained(found: Mapping[str, Any]) -> str:
+    """Return the comparison in one line."""
+    teacher, student = found["teacher"], found["student"]
+    parts = [f"{teacher['megabytes']:.1f} -> {student['megabytes']:.1f} MB"]
+    parts += [f"{teacher['num_parameters'] / 1e6:.2f} -> {student['num_parameters'] / 1e6:.2f} M parameters"]
+    if teacher["ms"] and student["ms"]:
+        parts += [f"{teacher['ms']:.1f} -> {student['ms']:.1f} ms a 256x256 photo on one thread"]
+    for split in ("test", "val"):
+        if split in found["splits"]:
+            figures = found["splits"][split]
+            between = "" if figures["low"] is None else f", 95 % {figures['low']:+.4f} to {figures['high']:+.4f}"
+            dice = f"{figures['teacher']['dice']:.4f} -> {figures['student']['dice']:.4f}"
+            return f"{split} Dice {dice} ({figures['difference']:+.4f}{between}); {', '.join(parts)}"
+    return ", ".join(parts)

@@ -1,0 +1,196 @@
+"""The tables that `fewmask reproduce` measures: their rows, what each is compared with, and how much a budget is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LABEL_FRACTIONS = (0.01, 0.1, 0.5, 1.0)
+Losses = Mapping[str, Mapping[str, Any]]
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A fine-tuned segmenter: the recipe its encoder is pre-trained by, None for not at all, and its method's settings.
+
+    `against` names rows, beside the table's references, that the row is compared with; so in every kind of row.
+    """
+
+    recipe: str | None = None
+    method: Settings = field(default_factory=dict)
+    against: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The segmenter that students learn from: fine-tuned in the cell, or those of `grid.teachers`, averaged."""
+
+    against: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled segmenter: its losses beside the supervised one, and whether images without a mask take part.
+
+    `pseudo_weight` weighs the supervised loss towards the teacher's decision on those images.
+    """
+
+    losses: Losses = field(default_factory=dict)
+    unlabelled: bool = False
+    pseudo_weight: float = 0.0
+    against: tuple[str, ...] = ()
+
+
+Row = Pretrained | Teacher | Student
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is measured: the rows, and the rows that all are compared with, image by image.
+
+    `finetune` is the recipe of the fine-tuning; `fractions` the shares of the masks; `budgets` the settings by budget;
+    `columns` are shown beside Dice, IoU and HD95; `compared` are the metrics of the paired differences.
+    """
+
+    rows: Mapping[str, Row]
+    references: tuple[str, ...]
+    budgets: Mapping[str, Settings]
+    finetune: str = "transunet"
+    fractions: tuple[float, ...] = (1.0,)
+    columns: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ("dice",)
+
+    @property
+    def distils(self) -> bool:
+        """Whether rows are students, with a teacher in each cell, rather than pre-trained encoders."""
+        return any(isinstance(row, Student) for row in self.rows.values())
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that its cells go through."""
+        return ("finetune", "distill") if self.distils else ("pretrain", "finetune")
+
+
+# G2LL's fine-tuning. Our choice: a rate that falls from block to block would hold back an encoder without pre-training.
+_FINETUNE = {
+    "finetune.optimiser": "adam", "finetune.lr": 3e-4, "finetune.weight_decay": 0.0, "finetune.layer_decay": 1.0,
+    "finetune.epochs": 100, "finetune.batch_size": 16,
+}  # fmt: skip
+_SECONDS = {
+    "finetune.epochs": 1, "finetune.batch_size": 4, "finetune.min_epoch_steps": 12, "finetune.lr": 3e-3,
+    "finetune.method.average": 0.0,
+}  # fmt: skip
+PRETRAIN_BUDGETS: dict[str, Settings] = {
+    "smoke": {
+        **_FINETUNE, **_SECONDS, "grid.seeds": 2, "model.encoder": "vit_tiny_patch16", "model.size": 64,
+        "model.segmenter_settings": {"decoder_channels": [32, 16, 16, 8]},
+        "pretrain.epochs": 1, "pretrain.batch_size": 4, "pretrain.min_epoch_steps": 2,
+    },
+    "cpu": {
+        **_FINETUNE, "grid.pretrain_time": "20m", "grid.finetune_time": "4m", "grid.num_unseen": 500,
+        "model.encoder": "vit_tiny_patch8", "model.size": 128,
+    },
+    "full": {
+        **_FINETUNE, "finetune.min_epoch_steps": 1, "finetune.method.average": 0.0,
+        "model.encoder": "vit_small_patch16", "model.size": 256,
+        "pretrain.optimiser": "adamw", "pretrain.lr": 1.5e-4, "pretrain.batch_size": 128,
+        "pretrain.epochs": 300, "pretrain.warmup": 40 / 300,
+    },
+}  # fmt: skip
+"""Settings by budget: seconds on drawn images; hours on two cores, the same time for every method; the paper's."""
+
+DISTILL_BUDGETS: dict[str, Settings] = {
+    "smoke": {
+        **_SECONDS, "grid.seeds": 2, "model.size": 64, "model.weights": "none",
+        "model.segmenter_settings": {"decoder_channels": [32, 16, 16, 8, 8]},
+        "distill.epochs": 1, "distill.batch_size": 4, "distill.min_epoch_steps": 6, "distill.method.average": 0.0,
+    },
+    "cpu": {
+        "grid.finetune_time": "10m", "grid.distill_time": "4m", "grid.num_unseen": 500, "model.size": 128,
+    },
+    "full": {"model.size": 256, "finetune.epochs": 100, "distill.epochs": 300},
+}  # fmt: skip
+"""As above; boundary distillation's own setting is not in the text we have, so "full" is ours too."""
+
+
+def _masked(mask: str) -> Pretrained:
+    return Pretrained("mae", {"mask": mask, "mask_ratio": 0.25})
+
+
+WEIGHTS = {
+    "kd": 1.0,  # ours: T^2 is in the loss, so its gradient is of the size of the supervised one's
+    "at": 1.0,  # the code's 1e3 / 2 times a mean over positions is about this times our sum, at 32x32 positions
+    "fitnet": 1.0,  # ours: a mean over elements, not half the squared norm
+    "cwd": 3.0,  # the paper's, on logits
+    "mgd": 1.0,  # ours: a mean over elements, not the paper's 2e-5 times a sum
+    "emkd": 1.0,  # its three terms have the paper's weights 0.1, 0.9 and 0.9
+    "mbf": 1.0,  # ours: the abstract says nothing
+    "m2bf": 1.0,  # ours, on the sum over the heads
+}
+"""The weight of each loss beside a supervised one of weight 1."""
+
+NUM_HEADS = 3
+WIDTH = 0.03  # of the image's side: what `mbf` does unless told
+
+
+def _losses(*names: str, **settings: Any) -> Losses:
+    return {name: {"weight": WEIGHTS[name], **settings} for name in names}
+
+
+_BOTH = ("kd", "m2bf")
+_BASELINES: dict[str, Row] = {"teacher": Teacher(), "alone": Student()}
+_DISTILLED = {
+    **{name: Student(_losses(name)) for name in WEIGHTS},
+    "kd+m2bf": Student(_losses(*_BOTH), against=_BOTH),
+}
+_UNLABELLED = {
+    "alone+pseudo": Student(unlabelled=True, pseudo_weight=1.0),
+    **{f"{name}+unlabelled": Student(row.losses, unlabelled=True, against=(name, "alone+pseudo"))
+       for name, row in _DISTILLED.items()},
+}  # fmt: skip
+# What decides whether it is the boundary that helps; "whole", "inside" and "outside" drop as large an area as "mbf".
+_CONTROLS = {
+    "mbf-none": Student(_losses("mbf", region="none"), against=("mbf",)),
+    "mbf-whole": Student(_losses("mbf", region="whole"), against=("mbf",)),
+    "mbf-inside": Student(_losses("mbf", region="inside"), against=("mbf",)),
+    "mbf-outside": Student(_losses("mbf", region="outside"), against=("mbf",)),
+    "mbf-narrow": Student(_losses("mbf", width=WIDTH / 2), against=("mbf",)),
+    "mbf-wide": Student(_losses("mbf", width=WIDTH * 2), against=("mbf",)),
+    "m2bf-1head": Student(_losses("m2bf", num_heads=1), against=("m2bf",)),
+    "m2bf-5heads": Student(_losses("m2bf", num_heads=NUM_HEADS + 2), against=("m2bf",)),
+    "m2bf-parallel": Student(_losses("m2bf", form="parallel"), against=("m2bf",)),
+}
+
+TABLES: dict[str, Table] = {
+    "g2ll-table1": Table(
+        {"random": Pretrained(), **{n: Pretrained(n) for n in ("supervised", "mae", "dino", "g2ll", "tedmae")}},
+        references=("mae", "random"), budgets=PRETRAIN_BUDGETS, fractions=LABEL_FRACTIONS,
+    ),
+    "g2ll-table2": Table(
+        {
+            "random": Pretrained(),
+            "mask-random": _masked("random"),
+            "mask-semantic": _masked("semantic"),
+            "mask-semantic-focal": _masked("semantic_focal"),
+        },
+        references=("mask-random", "random"), budgets=PRETRAIN_BUDGETS,
+    ),
+    "tedmae": Table(
+        {
+            "random": Pretrained(),
+            "mae": Pretrained("tedmae", {"teacher": False}),
+            "teacher": Pretrained("tedmae", {"ec": False, "df": False}),
+            "ec": Pretrained("tedmae", {"df": False}),
+            "all": Pretrained("tedmae"),
+        },
+        references=("mae", "random"), budgets=PRETRAIN_BUDGETS,
+    ),
+    "boundary-distillation": Table(
+        {**_BASELINES, **_DISTILLED, **_UNLABELLED, **_CONTROLS},
+        references=("alone", "teacher"), budgets=DISTILL_BUDGETS, finetune="unet", fractions=(1.0, 0.1),
+        columns=("boundary_iou",), compared=("dice", "boundary_iou"),
+    ),
+}  # fmt: skip
+"""Every table; "random", an encoder without pre-training, stands in those of pre-training for comparison."""

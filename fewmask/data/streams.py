@@ -1,0 +1,52 @@
+"""Two streams of batches as one: labelled and unlabelled images in one batch, or side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fewmask.data.loader import Loader
+from fewmask.types import Batch
+
+
+class MixedLoader:
+    """Batches whose first rows have a mask and whose last rows have none.
+
+    `extra["has_mask"]` bool (b,) says which; the mask of a row without one is zero, or what the map "prediction" of the
+    unlabelled stream holds, and then `extra["predicted"]` is there too. An epoch is one of the labelled stream: what a
+    user counts is how often the masks were seen.
+    """
+
+    def __init__(self, labelled: Loader, unlabelled: Loader) -> None:
+        self.labelled, self.unlabelled = labelled, unlabelled
+        self.steps_per_epoch = labelled.steps_per_epoch
+        self.num_images = labelled.num_images + unlabelled.num_images
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Return this process's part of both streams' batches of a step; raises as `Loader.batch` does."""
+        known, unknown = self.labelled.batch(step, rank, world), self.unlabelled.batch(step, rank, world)
+        image = torch.cat([known.image, unknown.image]).contiguous(memory_format=torch.channels_last)
+        assert known.mask is not None
+        predicted = unknown.extra.get("prediction")
+        blank = known.mask.new_zeros(len(unknown.names), *known.mask.shape[1:])
+        mask = torch.cat([known.mask, blank if predicted is None else predicted])
+        label = None
+        if known.label is not None and unknown.label is not None:
+            label = torch.cat([known.label, unknown.label])
+        has_mask = torch.arange(len(image)) < len(known.names)
+        extra = {"has_mask": has_mask} | ({} if predicted is None else {"predicted": ~has_mask})
+        return Batch(image, known.names + unknown.names, mask, label, extra)
+
+
+class PairedLoader:
+    """Batches of one stream, each with a batch of another beside it in `other`; an epoch is one of the first."""
+
+    def __init__(self, main: Loader, other: Loader) -> None:
+        self.main, self.other = main, other
+        self.steps_per_epoch = main.steps_per_epoch
+        self.num_images = main.num_images + other.num_images
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Return this process's part of a step's batch, and of the other stream's in its field `other`."""
+        return replace(self.main.batch(step, rank, world), other=self.other.batch(step, rank, world))

@@ -1,0 +1,107 @@
+"""The band around a lesion's boundary, its inside and outside, and which positions of a feature map are dropped."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fewmask.distill.align import map_size
+from fewmask.distill.distiller import check_share
+from fewmask.types import UserError
+
+RegionName = Literal["boundary", "whole", "inside", "outside", "none"]
+
+
+class BandMasking(nn.Module):
+    """Which positions to drop: those near the lesion's boundary, or one of the controls that tell whether it matters.
+
+    "boundary": each position of the band with probability `drop`. "none": nothing. The others drop, in expectation and
+    image by image, as many positions as "boundary" would: "whole" anywhere, "inside" and "outside" in the lesion or
+    in the background without the band; where such a region is smaller than that number, all of it.
+
+    `width` is the reach of the band on either side, as a share of the image's side (ours: 0.03, 4 pixels of 128; at
+    least one). Raises UserError unless 0 < width <= 0.5 and `drop` is in [0, 1].
+    """
+
+    def __init__(self, width: float = 0.03, drop: float = 0.5, region: RegionName = "boundary") -> None:
+        if not 0 < width <= 0.5:
+            raise UserError(f"'width' cannot be {width}: give a share of the image's side above 0, at most 0.5.")
+        check_share("drop", drop)
+        super().__init__()
+        self.width, self.drop, self.region = width, drop, region
+
+    def forward(self, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return where positions may be dropped, bool (b, 1, *size), and with which probability, (b, 1, 1, 1).
+
+        `mask` is (b, 1, s, s); it is read as lesion where >= 0.5.
+        """
+        radius = max(round(self.width * mask.shape[2]), 1)
+        band = pool(boundary_band(mask, radius), size)
+        wanted = self.drop * count(band)
+        if self.region in ("boundary", "none"):
+            return band, torch.full_like(wanted, self.drop if self.region == "boundary" else 0.0)
+        if self.region == "whole":
+            region = torch.ones_like(band)
+        else:
+            # Inside and outside never touch without the band between them: with it, they cover the map once.
+            region = pool({"inside": inside, "outside": outside}[self.region](mask, radius), size) & ~band
+        return region, (wanted / count(region).clamp(min=1)).clamp(max=1)
+
+
+def random_mask(region: Tensor, share: float | Tensor) -> Tensor:
+    """Return which positions are dropped, bool, of the region's shape: each of the region's with probability `share`.
+
+    `region` is (b, 1, h, w), `share` a number or (b, 1, 1, 1). Drawn from torch's global generator.
+    """
+    return (torch.rand(region.shape, device=region.device) < share) & region.bool()
+
+
+def boundary_band(mask: Tensor, radius: int) -> Tensor:
+    """Return dilate(y, r) - erode(y, r), bool (b, 1, s, s): empty for an empty mask and for a full one.
+
+    The structuring element is the square of side 2 r + 1, and beyond the image's edge is nothing: a lesion that is cut
+    by the edge has no boundary there.
+    """
+    y = lesion(mask)
+    return (dilate(y, radius) - erode(y, radius)) > 0
+
+
+def inside(mask: Tensor, radius: int) -> Tensor:
+    """Return erode(y, r), bool (b, 1, s, s)."""
+    return erode(lesion(mask), radius) > 0
+
+
+def outside(mask: Tensor, radius: int) -> Tensor:
+    """Return the complement of dilate(y, r), bool (b, 1, s, s)."""
+    return dilate(lesion(mask), radius) <= 0
+
+
+def lesion(mask: Tensor) -> Tensor:
+    """Return the mask as 0 or 1, float32."""
+    return (mask >= 0.5).float()
+
+
+def dilate(y: Tensor, radius: int) -> Tensor:
+    """Return the maximum over squares of side 2 r + 1; the pooling's own padding is -inf, which is neutral."""
+    side = 2 * radius + 1
+    # Rows and columns apart: a square's maximum is a maximum of maxima, for 2 side comparisons instead of side^2.
+    rows = F.max_pool2d(y, (side, 1), stride=1, padding=(radius, 0))
+    return F.max_pool2d(rows, (1, side), stride=1, padding=(0, radius))
+
+
+def erode(y: Tensor, radius: int) -> Tensor:
+    """Return the minimum over squares of side 2 r + 1."""
+    return -dilate(-y, radius)
+
+
+def pool(region: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return which positions of a map of another size see any of a region, bool (b, 1, *size)."""
+    return region if map_size(region) == size else F.adaptive_max_pool2d(region.float(), size) > 0
+
+
+def count(region: Tensor) -> Tensor:
+    """Return the number of positions of each image's region, float32 (b, 1, 1, 1)."""
+    return region.float().sum((1, 2, 3), keepdim=True)

@@ -1,0 +1,70 @@
+"""What takes the place of a missing label: the teacher's prediction, and how far to trust it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from fewmask.losses import cross_entropy_dice
+from fewmask.types import Batch
+
+
+class Supervision(NamedTuple):
+    """Of each image: whether it has a label, bool (b,); its mask (b, 1, s, s); and its confidence in [0, 1], (b,).
+
+    Without a label, `mask` is the teacher's probability and `confidence` how much it agrees with its own decision.
+    """
+
+    labelled: Tensor
+    mask: Tensor
+    confidence: Tensor
+
+    @property
+    def decided(self) -> Tensor:
+        """The mask with the teacher's predictions made 0 or 1; labels stay as they are."""
+        return torch.where(self.labelled[:, None, None, None], self.mask, (self.mask >= 0.5).float())
+
+
+def supervise(batch: Batch, teacher_logits: Tensor) -> Supervision:
+    """Return the batch's supervision: labels where it has them, the teacher's prediction elsewhere.
+
+    `batch.extra["has_mask"]` bool (b,) says which rows of `batch.mask` are labels (absent: all of them); what the other
+    rows hold is never looked at.
+    """
+    probability = teacher_logits.float().sigmoid()
+    labelled = labelled_rows(batch)
+    confidence = torch.where(labelled, 1.0, agreement(probability))
+    if batch.mask is None:
+        return Supervision(labelled, probability, confidence)
+    # `where` and no product: the place of a missing label may hold anything, not-a-number included.
+    return Supervision(labelled, torch.where(labelled[:, None, None, None], batch.mask, probability), confidence)
+
+
+def labelled_rows(batch: Batch) -> Tensor:
+    """Return which images have a label, bool (b,)."""
+    everywhere = torch.full((len(batch.image),), batch.mask is not None, device=batch.image.device)
+    return everywhere & batch.extra["has_mask"].bool() if "has_mask" in batch.extra else everywhere
+
+
+def agreement(probability: Tensor) -> Tensor:
+    """Return how sure a prediction (b, 1, s, s) is, in [0, 1], (b,): the soft Dice of p and p >= 0.5 (our choice).
+
+    Where no pixel reaches 0.5 that says nothing, and it is the mean of |2 p - 1|: 1 for a certain "no lesion".
+    """
+    p = probability.flatten(1)
+    hard = (p >= 0.5).float()
+    dice = 2 * (p * hard).sum(1) / (p.sum(1) + hard.sum(1)).clamp(min=1e-6)
+    return torch.where(hard.any(1), dice, (2 * p - 1).abs().mean(1))
+
+
+def loss_of_each(logits: Tensor, target: Tensor, dice_weight: float) -> Tensor:
+    """Return (1 - w) cross-entropy + w Dice of each image, (b,), from (b, 1, s, s); see `cross_entropy_dice`."""
+    return vmap(lambda z, y: cross_entropy_dice(z[None], y[None], dice_weight)["loss"])(logits, target)
+
+
+def weighted_mean(each: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
+    """Return the mean of weight x each over the chosen images, 0 where none is chosen; all (b,)."""
+    return (each * weight * chosen).sum() / chosen.sum().clamp(min=1)

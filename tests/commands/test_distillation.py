@@ -1,0 +1,127 @@
+"""Distillation as a verb and as the chain's last stage: who teaches, on which images, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fewmask.commands.distillation import find_teachers, lost_and_gained
+from fewmask.types import UserError
+from tests.commands.conftest import TINY
+
+STUDENT = (
+    "model.size=32", "distill.epochs=1", "distill.min_epoch_steps=2", "distill.batch_size=4", "run.device=cpu",
+    "distill.method.losses={kd = {weight = 1.0}}",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, drawn):
+    """A finished chain: the teacher in finetune, the student in distill."""
+    import os
+    import subprocess
+    import sys
+
+    out = tmp_path_factory.mktemp("chain") / "run"
+    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "-m", "fewmask", "run", str(drawn), "--out", str(out), *TINY]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return out
+
+
+def facts(run, stage="distill"):
+    """Return what a stage left."""
+    return json.loads((run / stage / "stage.json").read_text())
+
+
+def test_the_chain_ends_with_its_student(taught):
+    assert facts(taught)["teachers"] == [str(taught / "finetune" / "model.safetensors")]
+    teacher, student = (load_file(taught / stage / "model.safetensors") for stage in ("finetune", "distill"))
+    sizes = [sum(array.size for array in tensors.values()) for tensors in (teacher, student)]
+    assert sizes[1] < sizes[0] / 10
+    exported = json.loads((taught / "export.json").read_text())
+    assert exported["num_parameters"] <= sizes[1]
+
+
+def test_the_chain_says_what_was_lost_and_gained(taught):
+    found = json.loads((taught / "distill" / "comparison.json").read_text())
+    own = json.loads((taught / "metrics.json").read_text())["test"]["dice"]["mean"]
+    other = json.loads((taught / "finetune" / "metrics.json").read_text())["test"]["dice"]["mean"]
+    test = found["splits"]["test"]
+    assert test["student"]["dice"] == pytest.approx(own)
+    assert test["teacher"]["dice"] == pytest.approx(other)
+    assert test["difference"] == pytest.approx(own - other)
+    assert found["student"]["num_parameters"] < found["teacher"]["num_parameters"]
+    assert f"{other:.4f} -> {own:.4f}" in lost_and_gained(found)
+
+
+def test_every_image_that_may_be_learnt_from_takes_part(taught, drawn, tmp_path, fewmask):
+    words = ("data.root=" + str(drawn), f'distill.teachers=["{taught}"]', *STUDENT)
+    assert fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'all'}")[0] == 0
+    assert fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'few'}", "distill.unlabelled=false")[0] == 0
+    every, labelled = facts(tmp_path / "all"), facts(tmp_path / "few")
+    assert labelled["num_images"] == labelled["num_labelled"]
+    assert every["num_images"] == labelled["num_labelled"] + 8  # the drawn images without a mask
+
+
+def test_predictions_made_once_are_learnt_from_and_then_dropped(taught, drawn, tmp_path, fewmask):
+    words = (
+        "data.root=" + str(drawn), f'distill.teachers=["{taught}"]', *STUDENT, "distill.predict_once=true",
+        "distill.method.losses={}", "distill.method.pseudo_weight=1.0",
+    )  # fmt: skip
+    out = tmp_path / "once"
+    code, _, err = fewmask("distill", "tiny_unet", *words, f"run.out={out}")
+    assert code == 0, err
+    assert not (out / "distill" / "predictions.npy").exists()
+    logged = [json.loads(line) for line in (out / "distill" / "log.jsonl").read_text().splitlines()]
+    assert any(line.get("pseudo", 0) > 0 for line in logged)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("distill.teachers=[]",), "no teacher"),
+        (('distill.teachers=["nowhere"]',), "nowhere is no model file and no run folder"),
+        (("distill.predict_once=true",), "distill.predict_once keeps predictions alone"),
+        (("student.segmenter=unet",), "unet"),
+        (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
+        (("distill.method.losses={nope = {}}",), "no distillation loss named 'nope'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(taught, drawn, tmp_path, fewmask, words, said):
+    given = ("data.root=" + str(drawn), f"run.out={tmp_path / 'out'}", f'distill.teachers=["{taught}"]', *STUDENT)
+    code, _, err = fewmask("distill", "tiny_unet", *given, *words)
+    assert code == 1
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_an_encoder_is_no_teacher(taught, drawn, tmp_path, fewmask):
+    teacher = taught / "pretrain" / "model.safetensors"
+    words = ("data.root=" + str(drawn), f"run.out={tmp_path / 'out'}", f'distill.teachers=["{teacher}"]', *STUDENT)
+    code, _, err = fewmask("distill", "tiny_unet", *words)
+    assert code == 1
+    assert "is an encoder, which gives no masks" in err
+
+
+def test_a_file_of_other_tensors_is_no_teacher(drawn, tmp_path, fewmask):
+    save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
+    words = ("data.root=" + str(drawn), f"run.out={tmp_path / 'out'}", *STUDENT)
+    code, _, err = fewmask("distill", "tiny_unet", *words, f'distill.teachers=["{tmp_path / "other.safetensors"}"]')
+    assert code == 1
+    assert "did not write" in err
+
+
+def test_a_selection_stands_for_the_runs_it_chose(tmp_path):
+    names = {"rotation": "joint-rotation-0.1", "jigsaw": "pretrain-jigsaw"}
+    for name in names.values():
+        (tmp_path / "candidates" / name / "finetune").mkdir(parents=True)
+        (tmp_path / "candidates" / name / "finetune" / "model.safetensors").touch()
+    (tmp_path / "selection.json").write_text(json.dumps({"chosen": names, "candidates": []}))
+    found = find_teachers(tmp_path)
+    assert [path.parent.parent.name for path in found] == list(names.values())
+    with pytest.raises(UserError, match="finish its fine-tuning"):
+        find_teachers(tmp_path / "candidates")

@@ -1,0 +1,63 @@
+"""Two streams in one: which rows have a mask, that they are the same batches, and how processes share them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewmask.data.loader import Loader
+from fewmask.data.streams import MixedLoader, PairedLoader
+from tests.data.test_loader import dataset
+
+HALF = dataset(20, num_masks=8)
+
+
+def loaders(labelled: int, unlabelled: int, seed: int = 0) -> tuple[Loader, Loader]:
+    """Return a stream of the rows with a mask and one of the others."""
+    return Loader(HALF, range(8), labelled, seed), Loader(HALF, range(8, 20), unlabelled, seed)
+
+
+@given(labelled=st.integers(1, 9), unlabelled=st.integers(1, 15), step=st.integers(0, 30), seed=st.integers(0, 9))
+def test_first_rows_have_masks_and_last_rows_have_none(labelled, unlabelled, step, seed):
+    known, unknown = loaders(labelled, unlabelled, seed)
+    batch = MixedLoader(known, unknown).batch(step)
+    assert batch.names == known.batch(step).names + unknown.batch(step).names
+    assert batch.extra["has_mask"].tolist() == [int(name[1:]) < 8 for name in batch.names]
+    # A row's number is in its pixels: image, mask and name still belong together.
+    numbers = torch.tensor([int(name[1:]) for name in batch.names])
+    assert torch.equal(batch.image[:, 0, 0, 0].long(), numbers)
+    assert torch.equal(batch.mask[:, 0, 0, 0].long(), numbers * batch.extra["has_mask"])
+
+
+def test_predictions_take_the_place_of_masks_row_by_row():
+    known, _ = loaders(4, 4)
+    prediction = np.broadcast_to((200 + np.arange(20, dtype=np.uint8))[:, None, None], (20, 8, 8))
+    batch = MixedLoader(known, Loader(HALF, range(8, 20), 6, 0, maps={"prediction": prediction})).batch(2)
+    numbers = torch.tensor([int(name[1:]) for name in batch.names])
+    assert torch.equal(batch.mask[:, 0, 0, 0].long(), torch.where(batch.extra["has_mask"], numbers, numbers + 200))
+    assert torch.equal(batch.extra["predicted"], ~batch.extra["has_mask"])
+
+
+def test_an_epoch_is_one_of_the_masks():
+    known, unknown = loaders(4, 4)
+    mixed = MixedLoader(known, unknown)
+    assert mixed.steps_per_epoch == known.steps_per_epoch
+    assert mixed.num_images == 20
+
+
+def test_processes_share_both_streams():
+    mixed = MixedLoader(*loaders(4, 6))
+    whole, parts = mixed.batch(3), [mixed.batch(3, rank, 2) for rank in range(2)]
+    assert [int(part.extra["has_mask"].sum()) for part in parts] == [2, 2]
+    assert sorted(parts[0].names + parts[1].names) == sorted(whole.names)
+
+
+@given(step=st.integers(0, 30))
+def test_a_pair_keeps_its_streams_apart(step):
+    known, unknown = loaders(3, 5)
+    batch = PairedLoader(known, unknown).batch(step)
+    assert batch.names == known.batch(step).names
+    assert batch.other.names == unknown.batch(step).names
+    assert batch.other.mask is None

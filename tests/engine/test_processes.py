@@ -1,0 +1,98 @@
+"""Two processes that share each batch learn what one learns, and a run may go on with another number of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import multiprocessing
+
+from fewmask.engine.checkpoint import checkpoints, load_checkpoint
+from tests.engine.processes import NUM_STEPS, Pictures, objective_of, train, work
+
+JOBS = ["g2ll-sgd", "tedmae-sgd", "dino-sgd", "g2ll-adamw"]
+# Shares of the greatest change of a tensor during the training, beside a few roundings of its greatest value. What is
+# left is the order in which floats are added (measured: 1e-4 with SGD, 5e-3 with AdamW, which divides a gradient by its
+# own size and so blows that up where a gradient is next to nothing). Covered are gradients, their clipping, the
+# teacher, the centre and the counters of the guard, in float32.
+TOLERANCE = {"sgd": 1e-3, "adamw": 2e-2}
+ROUNDING = 5e-7
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder in which two processes have done all jobs."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(work, (folder, JOBS), nprocs=2)
+    return folder
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_two_processes_learn_what_one_does(two, job, tmp_path):
+    name, _, optimiser = job.partition("-")
+    objective = objective_of(name)
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    facts = train(tmp_path, objective, optimiser=optimiser)
+    shared = load(two / f"{job}.0.pt")
+    assert (facts["num_processes"], shared["facts"]["num_processes"]) == (1, 2)
+    assert shared["facts"]["steps"] == facts["steps"] == NUM_STEPS
+    for key, value in objective.state_dict().items():
+        change, size = float((value - before[key]).abs().max()), float(value.abs().max())
+        error = float((shared["state"][key] - value).abs().max())
+        assert error <= TOLERANCE[optimiser] * change + ROUNDING * size, f"{key} is {error} off, and moved {change}"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_both_processes_hold_the_same_state(two, job):
+    first, second = (load(two / f"{job}.{rank}.pt")["state"] for rank in (0, 1))
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_all_that_is_learnt_or_averaged_moved(two):
+    """Else the comparison above would compare two things that stood still."""
+    for job in JOBS:
+        before, after = objective_of(job.partition("-")[0]).state_dict(), load(two / f"{job}.0.pt")["state"]
+        still = {key for key in before if torch.equal(before[key], after[key])}
+        fixed = {
+            key for key in still if ".pos" in key or "guard" in key or "input_affine" in key or key.endswith("gate")
+        }
+        assert still == fixed, still - fixed
+
+
+def test_one_process_goes_on_with_what_two_have_left(two, tmp_path):
+    """The step, the weights, the teacher and the centre are those of the checkpoint, and the training ends."""
+    stopped = [load(two / f"stopped.{rank}.pt") for rank in (0, 1)]
+    (newest, *_) = checkpoints(two / "stopped" / "pretrain" / "checkpoints")
+    state, _, header = load_checkpoint(newest)
+    assert header["step"] == 4  # the batch of step 3 was asked for when one of the two was told to stop
+    for rank in (0, 1):
+        assert [key for key in state if not torch.equal(state[key], stopped[rank][key])] == []
+
+    class Look(Pictures):
+        """Keeps the state the objective has when the first batch is asked for."""
+
+        found: dict = {}
+
+        def batch(self, step, rank=0, world=1):
+            if not self.asked:
+                self.found = {key: value.clone() for key, value in objective.state_dict().items()}
+            return super().batch(step, rank, world)
+
+    objective, stream = objective_of("g2ll", shared=False), Look()
+    folder = shutil.copytree(two / "stopped", tmp_path / "stopped")
+    facts = train(folder, objective, stream, epochs=3)
+    assert [key for key in state if not torch.equal(state[key], stream.found[key])] == []
+    assert stream.asked == list(range(4, 9))
+    assert (facts["steps"], facts["num_processes"]) == (9, 1)
+    lines = [json.loads(line) for line in (folder / "pretrain" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "step"]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert not torch.equal(objective.centre.value, state["centre.value"])
