@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import platform
 import statistics
 import tempfile
@@ -58,6 +59,8 @@ CELLS = [
     "mae 512x8 on vit_tiny_patch8@128", "mae 384x2 on vit_tiny_patch8@128", "dino on vit_tiny_patch8@128",
     "mae 384x2 on vit_tiny_patch16@224", "dino on vit_tiny_patch16@224",
 ]  # fmt: skip
+
+RECIPES = ["mae", "dino", "g2ll", "tedmae", "simmim", "supervised"]
 
 PROTOTYPES, HIDDEN, BOTTLENECK = 4096, 2048, 256
 NUM_CLASSES = 7
@@ -272,6 +275,26 @@ def matmul_peak(precision: str, now: Callable[[], float]) -> float:
     return best
 
 
+def convolution_backward_flops(
+    grad_shape: list[int], x_shape: list[int], weight_shape: list[int], *rest: Any, **_: Any
+) -> int:
+    """Return the FLOPs of a convolution's backward: those of its forward for each of the two gradients asked for.
+
+    torch's own count leaves out that a grouped convolution sees its group only.
+    """
+    *_, transposed, _padding, _groups, wanted = rest[:8]
+    pixels = math.prod(x_shape if transposed else grad_shape)
+    return 2 * pixels * math.prod(weight_shape[1:]) * sum(wanted[:2])
+
+
+def count_flops(step: Step) -> int:
+    """Return the FLOPs of the products, convolutions and attentions in a call."""
+    custom = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def floor(recipe_name: str, precision: str, peak: float, args: argparse.Namespace, folder: Path) -> dict:
     """Return a shipped recipe's step beside its FLOPs, at the recipe's batch or `--recipe-batch`."""
     recipe, now = load_recipe(recipe_name), CLOCKS[args.clock]
@@ -282,9 +305,7 @@ def floor(recipe_name: str, precision: str, peak: float, args: argparse.Namespac
     objective = build_objective(settings.pop("name"), recipe.model.encoder, size, **settings)
     raw = raw_batch(num, size, objective.maps().get("superpixels"))
     loop = without_views(build_loop(objective, raw, section, precision, folder))
-    with FlopCounterMode(display=False) as counter:
-        one_step(loop)
-    flops = counter.get_total_flops()
+    flops = count_flops(partial(one_step, loop))
     seconds = take_turns({"step": partial(one_step, loop), "views": partial(objective.views(), raw)}, args.rounds, now)
     return {
         "recipe": recipe_name, "encoder": recipe.model.encoder, "size": size, "precision": precision, "batch": num,
@@ -298,6 +319,20 @@ def parse_cell(text: str) -> tuple[str, str, int]:
     name, _, where = text.partition(" on ")
     encoder, _, size = where.partition("@")
     return name, encoder, int(size)
+
+
+def own_best(cells: list[dict]) -> list[dict]:
+    """Return, for each method and network, fewmask in its best precision beside lightly as its example runs, in fp32."""
+    rows = []
+    for plain in (cell for cell in cells if cell["precision"] == "fp32"):
+        same = [cell for cell in cells if all(cell[key] == plain[key] for key in ("method", "encoder", "size"))]
+        best = max(same, key=lambda cell: cell["images_per_s"]["fewmask"])
+        row = {key: plain[key] for key in ("method", "encoder", "size")} | {"precision": best["precision"]}
+        for suffix in ("", "_augmented"):
+            ours, theirs = best[f"images_per_s{suffix}"]["fewmask"], plain[f"images_per_s{suffix}"]["lightly"]
+            row[f"ratio{suffix}"] = ours / theirs
+        rows.append(row)
+    return rows
 
 
 def show_cell(cell: dict) -> str:
@@ -328,7 +363,7 @@ def main() -> None:
     parser.add_argument("--recipe-batch", type=int, default=16, help="of the recipes; 0: their own")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: on a machine with other work")
     parser.add_argument("--cells", nargs="*", default=CELLS, help="what is compared, as METHOD on ENCODER@SIZE")
-    parser.add_argument("--recipes", nargs="*", default=sorted(PRETRAINERS))
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -341,12 +376,15 @@ def main() -> None:
             for precision in precisions:
                 cells.append(compare(*parse_cell(cell), precision, args, Path(scratch)))
                 print(show_cell(cells[-1]), flush=True)
+        for row in own_best(cells):
+            print(f"{row['method']} {row['encoder']}, {row['precision']} beside lightly's fp32: {row['ratio']:.2f}x")
         for name in args.recipes:
             rows.append(floor(name, best, peak[best], args, Path(scratch)))
             print(show_floor(rows[-1]), flush=True)
     result = {
         "threads": args.threads, "rounds": args.rounds, "clock": args.clock, "machine": platform.processor(),
-        "versions": versions(), "matmul_flops_per_s": peak, "cells": cells, "recipes": rows,
+        "versions": versions(), "matmul_flops_per_s": peak, "cells": cells,
+        "own_best": own_best(cells), "recipes": rows,
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "throughput.json", result)

@@ -57,7 +57,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
     facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
-    facts |= {"num_labelled": len(data.labelled), "weights": recipe.student.weights}
+    facts |= {"num_labelled": len(data.labelled), "weights": recipe.student.weights, "excluded": data.excluded}
     finish(stage, path, product, section, objective, loader, facts)
     (stage.folder / PREDICTIONS).unlink(missing_ok=True)
     return path
@@ -145,7 +145,7 @@ def cost_of(folder: Path) -> dict[str, Any]:
     """Return the size and speed that export.json tells."""
     facts = read_json(folder / "export.json")
     photos = [row for row in facts["latency"] if not row.get("network_only")]
-    latency = next((row for row in photos if row["threads"] == 1 and row["height"] == 256), {})
+    latency: dict[str, Any] = next((row for row in photos if row["threads"] == 1 and row["height"] == 256), {})
     return {
         "num_parameters": facts["num_parameters"],
         "megabytes": facts["megabytes"],

@@ -120,8 +120,8 @@ PAPERS: dict[str, Paper] = {
         {}, _BOUNDARY_SETTINGS, {}, {"finetune": "ISIC-2016 and PH2", "unseen": "none that the text we have names"},
         "not said in the abstract",
         "MBF and M2BF are reimplemented from the abstract alone, which gives no figure: nothing here stands beside the "
-        "paper's. Networks, the width of the band and the share that is dropped are ours, and so are the weights of all "
-        "losses but CWD's and EMKD's, which are their papers'.",
+        "paper's. Networks, the width of the band and the share that is dropped are ours, and so are the weights of "
+        "all losses but CWD's and EMKD's, which are their papers'.",
     ),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def export_onnx(
     network = copy.deepcopy(segmenter).cpu().eval()
     traced = copy.deepcopy(network)
     mean, std = absorb_affine(traced, MEAN, STD)
-    model = wrap_network(_trace(traced, size), size, mean, std)
+    model = wrap_network(trace_network(traced, size), size, mean, std)
     describe(model, {**metadata, "threshold": threshold, "size": size, "mean": mean, "std": std})
     content = model.SerializeToString()
     parity = measure_parity(network, content, size, threshold)
@@ -95,7 +95,7 @@ class _LogitsOnly(nn.Module):
         return self.segmenter(image).logits
 
 
-def _trace(segmenter: nn.Module, size: int) -> onnx.ModelProto:
+def trace_network(segmenter: nn.Module, size: int) -> onnx.ModelProto:
     """Return the network alone, at a fixed (1, 3, size, size), batch norms folded into convolutions."""
     try:
         with _quiet(), torch.no_grad():

@@ -75,7 +75,7 @@ def _constants(size: int, mean: Sequence[float], std: Sequence[float]) -> list[T
         "network_shape": np.array([1, size, size, 3], np.int64),
         "one_channel": np.array([1, 1], np.int64),
         # Per 255, so that the division by 255 costs no node of its own; a value a plane, because with the channels
-        # last ONNX Runtime takes twenty times as long.
+        # last ONNX Runtime takes more than ten times as long.
         "mean": (np.array(mean, np.float64) * 255).astype(np.float32).reshape(3, 1, 1),
         "std": (np.array(std, np.float64) * 255).astype(np.float32).reshape(3, 1, 1),
     }

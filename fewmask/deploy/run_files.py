@@ -23,8 +23,8 @@ def find_segmenter(run: Path, stage: str | None = None) -> Path:
     """
     if not run.is_dir():
         raise UserError(f"There is no run folder {run}; give the folder named by --out when the run was started.")
-    for stage in [stage] if stage else STAGES:
-        path = run / stage / "model.safetensors"
+    for name in [stage] if stage else STAGES:
+        path = run / name / "model.safetensors"
         if path.is_file():
             return path
     raise UserError(f"{run} has no segmenter yet (no finetune/model.safetensors); finish 'fewmask run' first.")

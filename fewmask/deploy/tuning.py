@@ -30,7 +30,7 @@ def absorb_affine(network: nn.Module, mean: Sequence[float], std: Sequence[float
 def flatten_last_resize(model: ModelProto) -> None:
     """Let a network that ends in an enlargement of its logits (1, 1, h, w) enlarge a plane (h, w) instead.
 
-    ONNX Runtime keeps maps in blocks of 16 channels and would enlarge 15 empty ones beside the logits: up to a third
+    ONNX Runtime keeps maps in blocks of 16 channels and would enlarge 15 empty ones beside the logits: a quarter
     of a small network's time. A plane cannot be in blocks. Other networks are left alone.
     """
     graph, last = model.graph, model.graph.node[-1]

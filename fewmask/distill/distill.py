@@ -13,7 +13,7 @@ from fewmask.data.augment import Augment, segment_views
 from fewmask.data.preprocess import denormalise
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distiller import Distiller, check_share
-from fewmask.distill.supervision import Supervision, loss_of_each, supervise, weighted_mean
+from fewmask.distill.supervision import Supervision, labelled_rows, loss_of_each, supervise, weighted_mean
 from fewmask.distill.teacher import EnsembleTeacher, merge
 from fewmask.distill.widths import Widths, describe, dry_run
 from fewmask.models.average import WeightAverage
@@ -34,7 +34,9 @@ class Distill(Objective):
     S is (1 - w) cross-entropy + w Dice, mean over the images with a mask. P is the same towards the teacher's decision
     ("hard") or probability ("soft"), over the images without one, each times its confidence. Each D of `losses` (name
     -> its settings and its `weight`, 1 unless given; see `DISTILLERS`) compares the two networks on all images, those
-    without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`).
+    without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`). Without any D,
+    the teachers are asked only where P needs them: not for rows of `batch.extra["predicted"]`, whose mask is their
+    stored answer.
 
     Several teachers answer with their mean probability ("average"), or each loss that reads logits alone is averaged
     over them ("mean_kl", the two-stage method); features are always the first teacher's. `average` > 0 is the decay of
@@ -81,12 +83,12 @@ class Distill(Objective):
         `batch.extra["has_mask"]` bool (b,) says which images have a mask (absent: all, or none if there is no mask at
         all). "confidence" is the mean over the images without one, 1 where there are none; so is "supervised" 0.
         """
-        answers = self.teacher.outputs(batch.image)
-        teacher = merge(answers)
-        given = supervise(batch, teacher.logits)
+        answers = self.teacher.outputs(batch.image) if self.asks(batch) else []
+        given = supervise(batch, merge(answers).logits if answers else None)
         student: SegOutput = self.segmenter(batch.image)
         terms = self.supervised(student.logits, given)
         filled = replace(batch, mask=given.mask, extra={**batch.extra, "confidence": given.confidence})
+        teacher = merge(answers) if answers else student
         for name, distiller in self.distillers.items():
             assert isinstance(distiller, Distiller)
             # One loss for each teacher only where that differs from one for all: features are the first one's.
@@ -96,6 +98,13 @@ class Distill(Objective):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         shown = {name: term.detach() for name, term in terms.items()}
         return {"loss": loss, **shown, "confidence": trust(given)}
+
+    def asks(self, batch: Batch) -> bool:
+        """Return whether the teachers have to answer: for a loss, or for an image without mask and prediction."""
+        known = labelled_rows(batch)
+        if "predicted" in batch.extra:
+            known = known | batch.extra["predicted"].bool()
+        return len(self.distillers) > 0 or (self.pseudo_weight > 0 and not bool(known.all()))
 
     def supervised(self, logits: Tensor, given: Supervision) -> dict[str, Tensor]:
         """Return "supervised" and "pseudo": the segmentation losses on labels and on the teacher's predictions."""

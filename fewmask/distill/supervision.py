@@ -28,19 +28,31 @@ class Supervision(NamedTuple):
         return torch.where(self.labelled[:, None, None, None], self.mask, (self.mask >= 0.5).float())
 
 
-def supervise(batch: Batch, teacher_logits: Tensor) -> Supervision:
+def supervise(batch: Batch, teacher_logits: Tensor | None) -> Supervision:
     """Return the batch's supervision: labels where it has them, the teacher's prediction elsewhere.
 
     `batch.extra["has_mask"]` bool (b,) says which rows of `batch.mask` are labels (absent: all of them); what the other
-    rows hold is never looked at.
+    rows hold is never looked at. Without logits, those rows hold the teacher's probability (`extra["predicted"]`), or
+    nothing of use, and then their confidence is 0.
     """
-    probability = teacher_logits.float().sigmoid()
     labelled = labelled_rows(batch)
+    if teacher_logits is None:
+        return _stored(batch, labelled)
+    probability = teacher_logits.float().sigmoid()
     confidence = torch.where(labelled, 1.0, agreement(probability))
     if batch.mask is None:
         return Supervision(labelled, probability, confidence)
     # `where` and no product: the place of a missing label may hold anything, not-a-number included.
     return Supervision(labelled, torch.where(labelled[:, None, None, None], batch.mask, probability), confidence)
+
+
+def _stored(batch: Batch, labelled: Tensor) -> Supervision:
+    predicted = batch.extra.get("predicted", torch.zeros_like(labelled)).bool()
+    known = (labelled | predicted)[:, None, None, None]
+    blank = torch.zeros_like(batch.image[:, :1], dtype=torch.float32)
+    mask = blank if batch.mask is None else torch.where(known, batch.mask, blank)
+    confidence = torch.where(labelled, 1.0, torch.where(predicted, agreement(mask), 0.0))
+    return Supervision(labelled, mask, confidence)
 
 
 def labelled_rows(batch: Batch) -> Tensor:

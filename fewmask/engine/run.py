@@ -186,7 +186,9 @@ class Run:
         old = self._old() if learnt else {}  # before anything was learnt, a mistyped setting may be mended
         for name in self.config if old else ():
             then, now = _flat(old.get("config", {}).get(name)), _flat(self.config[name])
-            changed = [k for k in sorted({*then, *now}) if k.split(".")[-1] not in _FREE and then.get(k) != now.get(k)]
+            # A setting that an older version did not have yet had no other value; a method's own are all compared.
+            keys = [k for k in sorted({*then, *now}) if k in then or k.startswith("method.")]
+            changed = [k for k in keys if k.split(".")[-1] not in _FREE and then.get(k) != now.get(k)]
             if changed and old.get("config", {}).get(name) is not None:
                 key = changed[0]
                 raise UserError(

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.data.preprocess import normalise
@@ -60,8 +60,9 @@ class Probe:
                 "label: fill the column 'label' of the manifest, or set pretrain.probe_every=0."
             )
 
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """Return "knn_accuracy", "knn_balanced_accuracy" and "majority", all in [0, 1]."""
+    def __call__(self, encoder: nn.Module) -> dict[str, float]:
+        """Return "knn_accuracy", "knn_balanced_accuracy" and "majority", all in [0, 1], of an `Encoder`."""
+        assert isinstance(encoder, Encoder)
         features = global_features(encoder, self.images, self.indices, self.size)
         return knn_accuracy(features, self.labels, self.k, self.groups)
 

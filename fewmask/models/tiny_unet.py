@@ -23,7 +23,7 @@ class TinyCnn(Encoder):
 
     A strided 3x3 convolution; then, at each further stride, a strided depthwise-separable convolution and `num_blocks`
     residual blocks (`Residual`). Ours: widths are multiples of 16, the vector of a CPU; there are no blocks at stride
-    4, where each costs as much time as three at stride 8; ReLU, because ONNX Runtime fuses it into a convolution.
+    4, where each costs as much time as two at stride 8; ReLU, because ONNX Runtime fuses it into a convolution.
     `size` is a multiple of 16. Raises UserError for a size, width or number of blocks that cannot be.
     """
 

@@ -45,9 +45,10 @@ class PatchDecoder(nn.Module):
         known = embedded[:, 1:] + take(positions, visible)
         unknown = self.mask_token + take(positions, masked)
         x = torch.cat([embedded[:, :1], known, unknown.to(known.dtype)], dim=1)
-        for block in self.blocks[:-1]:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        return self.head(self.norm(last_tokens(self.blocks[-1], x, masked.shape[1])))
+        return self.head(self.norm(last_tokens(last, x, masked.shape[1])))
 
 
 def last_tokens(block: Any, x: Tensor, num: int) -> Tensor:

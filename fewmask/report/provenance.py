@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from fewmask.report import training
+from fewmask.report.exported import exported
 from fewmask.report.reading import Record, Stage
 from fewmask.report.wording import (
     NONE,
@@ -103,7 +104,7 @@ def splits(record: Record) -> dict[str, Any] | None:
 
 
 def making(record: Record) -> dict[str, Any]:
-    """Return the command, the facts, the times of the stages, the versions and the settings as `key = value` lines."""
+    """Return the command, the facts, the stages' times, the exported file, the versions and the settings as lines."""
     run, config = record.run, _dict(record.run, "config")
     data = _dict(run, "data")
     facts = [
@@ -122,6 +123,7 @@ def making(record: Record) -> dict[str, Any]:
         "command": str(run.get("command") or ""),
         "facts": [(label, value) for label, value in facts if value not in (NONE, "")],
         "stages": [_stage_row(stage) for stage in record.stages],
+        "exported": exported(record),
         "versions": [(str(k), str(v)) for k, v in _dict(run, "versions").items()],
         "config": [(key, value) for key, value in flat(config)],
     }

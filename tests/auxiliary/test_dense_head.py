@@ -20,6 +20,7 @@ def test_the_map_has_the_stride_asked_for(encoder, stride):
     head = DenseHead(trunk, 2, stride)
     out = head(features)
     assert out.shape == (2, 2, 64 // stride, 64 // stride)
+    assert head.finer == {"tiny": 1, "resnet18": 1}.get(encoder, 0)  # the feature at stride 4, or a ViT's first
     for changed in range(len(features)):
         other = [f + (i == changed) for i, f in enumerate(features)]
         read = changed in (head.finer, len(features) - 1)

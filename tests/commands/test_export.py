@@ -41,6 +41,7 @@ def test_what_a_reader_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     save_model(tmp_path / "finetune" / "model.safetensors", segmenter)
     assert export(tmp_path, tmp_path / "small.onnx", False) == 0
     text = capsys.readouterr().out
+    assert (tmp_path / "small.onnx").stat().st_size <= 500_000
     assert "0.097 M parameters, network input 64x64" in text
     assert "0.005 GMac at 64x64, 0.081 at 256x256" in text
     assert re.search(r"^64x64 network alone, 1 thread: p50 [\d.]+ ms, p95 [\d.]+ ms$", text, re.MULTILINE)

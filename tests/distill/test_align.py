@@ -22,6 +22,7 @@ TINY = Widths((8, 8), (2, 8))
         (TRANSUNET, UNET, (5,), [(4, 5)]),
         (TINY, UNET, (0, 2, 5), [(0, 0), (0, 2), (1, 5)]),  # stride 4 lies between 2 and 8: the finer
         (UNET, TINY, None, [(1, 0)]),
+        (Widths((1, 1), (6, 15)), Widths((1,), (10,)), None, [(1, 0)]),  # by ratio, not by difference
     ],
 )
 def test_levels_are_paired_by_the_nearest_stride(student, teacher, levels, expected):

@@ -12,6 +12,7 @@ from torch import nn
 from fewmask.data.augment import PlainViews
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distill import Distill, overlay_heat
+from fewmask.distill.distiller import Distiller
 from fewmask.distill.kd import KD
 from fewmask.distill.supervision import agreement
 from fewmask.losses import cross_entropy_dice
@@ -101,6 +102,28 @@ def test_what_stands_in_place_of_a_missing_mask_is_never_read():
         run(objective, one)["loss"].backward()
         gradients.append([p.grad.clone() for p in objective.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Witness(Distiller):
+    """A loss that keeps the batch it was given."""
+
+    def per_image(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> torch.Tensor:
+        self.seen = batch
+        return student.logits.flatten(1).mean(1)
+
+
+def test_a_loss_is_given_the_teachers_probability_for_a_missing_mask_and_all_extras():
+    objective = make().eval()
+    objective.distillers["kd"] = witness = Witness()
+    batch = viewed([True, False, True, False])
+    batch.extra["superpixels"] = torch.arange(4)
+    run(objective, batch)
+    p = teacher_of(objective)(batch.image).logits.sigmoid()
+    torch.testing.assert_close(witness.seen.mask[[1, 3]], p[[1, 3]])
+    assert torch.equal(witness.seen.mask[[0, 2]], batch.mask[[0, 2]])
+    torch.testing.assert_close(witness.seen.extra["confidence"][[1, 3]], agreement(p)[[1, 3]])
+    assert torch.equal(witness.seen.extra["superpixels"], torch.arange(4))
+    assert "confidence" not in batch.extra  # the batch itself is not changed
 
 
 @pytest.mark.parametrize("form", ["no mask", "all rows without"])
@@ -269,3 +292,40 @@ def test_a_student_cannot_be_its_own_teacher():
     with pytest.raises(UserError, match="one of its own teachers"):
         Distill(student, [student], size=SIZE)
     assert all(p.requires_grad for p in student.parameters())
+
+
+def stored(batch: Batch, probability: torch.Tensor) -> Batch:
+    """Return the batch with a prediction in the place of each missing mask."""
+    known = batch.extra["has_mask"]
+    mask = torch.where(known.view(-1, 1, 1, 1), batch.mask, probability)
+    return replace(batch, mask=mask, extra={"has_mask": known, "predicted": ~known})
+
+
+def test_stored_predictions_teach_what_the_teacher_would(monkeypatch):
+    objective = make(losses={}, pseudo_weight=1.0)
+    batch = viewed([True, False, True, False])
+    probability = objective.teacher(batch.image).logits.sigmoid()
+    asked = run(objective, batch)
+    monkeypatch.setattr(objective.teacher, "outputs", lambda image: pytest.fail("the teacher was asked"))
+    told = run(objective, stored(batch, probability))
+    for name, value in asked.items():
+        assert told[name].item() == pytest.approx(value.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("has_mask", "settings", "asks"),
+    [
+        (None, {"losses": {}}, False),
+        ([True, False, True, False], {"losses": {}}, False),
+        ([True, True, True, True], {"losses": {}, "pseudo_weight": 1.0}, False),
+        ([True, False, True, False], {"losses": {}, "pseudo_weight": 1.0}, True),
+        (None, {"losses": {"kd": {}}}, True),
+    ],
+)
+def test_the_teacher_is_asked_only_where_somebody_listens(monkeypatch, has_mask, settings, asks):
+    objective, calls = make(**settings), []
+    answer = objective.teacher.outputs
+    monkeypatch.setattr(objective.teacher, "outputs", lambda image: calls.append(1) or answer(image))
+    loss = run(objective, viewed(has_mask))["loss"]
+    assert bool(calls) == asks
+    assert loss.isfinite()

@@ -71,6 +71,7 @@ def test_the_loss_of_each_image_is_the_shared_loss_on_that_image(dice_weight):
 def test_weighted_means_take_the_chosen_alone():
     each, weight = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 0.5, 0.25])
     assert weighted_mean(each, weight, torch.tensor([True, False, True])) == (1 + 1) / 2
+    assert weighted_mean(each, weight, torch.tensor([False, True, False])) == 1
     assert weighted_mean(each, weight, torch.zeros(3).bool()) == 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from fewmask.engine.checkpoint import checkpoints, load_checkpoint
@@ -21,6 +22,14 @@ JOBS = ["g2ll-sgd", "tedmae-sgd", "dino-sgd", "g2ll-adamw"]
 # teacher, the centre and the counters of the guard, in float32.
 TOLERANCE = {"sgd": 1e-3, "adamw": 2e-2}
 ROUNDING = 5e-7
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator():
+    """Accelerate keeps the precision of the first training of a process; these ask for float32, others for auto."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewmask.evaluate.probe import Probe, global_features, knn_accuracy
-from fewmask.models import build_encoder
+from fewmask.models import Encoder, build_encoder
 from fewmask.types import UserError
 
 
@@ -106,11 +106,11 @@ def test_the_global_feature_of_a_vit_is_its_class_token_and_of_a_cnn_the_mean_of
 
 
 def test_a_probe_scores_the_encoder_it_is_called_with():
-    class Colour(torch.nn.Module):
+    class Colour(Encoder):
         """An encoder whose feature is the mean colour."""
 
         def __init__(self):
-            super().__init__()
+            super().__init__("colour", 32, {})
             self.unused = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, image):

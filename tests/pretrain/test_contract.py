@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fewmask.auxiliary import AUXILIARY
 from fewmask.models import build_encoder
 from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import build
 from fewmask.types import Batch, UserError
 from tests.pretrain.pictures import SMALL, raw_batch
 
-ON_CNN = ("dino", "g2ll", "simmim", "supervised", "tedmae")
+ON_CNN = ("dino", "g2ll", "simmim", "supervised", "tedmae", *AUXILIARY)
 CASES = [(name, "vit_tiny_patch16") for name in PRETRAINERS] + [(name, "efficientnet_lite0") for name in ON_CNN]
 # Small heads, and for DINO no step in which its last layer stands still.
 SETTINGS = {"dino": {**SMALL, "freeze_last": 0.0}, "g2ll": SMALL, "tedmae": SMALL}
@@ -31,7 +34,13 @@ def objective(method: str, encoder: str = "vit_tiny_patch16", **settings):
 def viewed(subject, num: int = 3, seed: int = 0) -> Batch:
     """A batch as the training loop hands it to the objective."""
     torch.manual_seed(seed)
-    return subject.views()(raw_batch(num))
+    return subject.views()(loaded(subject, num))
+
+
+def loaded(subject, num: int, side: int = 72) -> Batch:
+    """A raw batch with what the method needs: masks of what is bright, where it learns from masks."""
+    batch = raw_batch(num, side)
+    return replace(batch, mask=(batch.image[:, :1] > 127).byte() * 255) if subject.needs_masks else batch
 
 
 def coloured_batch() -> Batch:
@@ -100,7 +109,8 @@ def test_loss_is_a_function_of_the_seed(method):
 
 @pytest.mark.parametrize("method", PRETRAINERS)
 def test_views_give_normalised_pictures_of_the_encoders_size(method):
-    batch = objective(method).views()(raw_batch(3, side=80))
+    subject = objective(method)
+    batch = subject.views()(loaded(subject, 3, side=80))
     assert batch.image.shape == (3, 3, 64, 64)
     assert batch.image.dtype == torch.float32
     assert -2.2 < batch.image.min() < batch.image.max() < 2.7

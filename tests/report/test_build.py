@@ -194,6 +194,24 @@ def test_an_unfinished_run_says_so_at_the_top(make_run: MakeRun, status: str) ->
     assert "Not finished: 100 % done" in page.text
 
 
+def test_the_exported_file_s_costs_are_those_of_export_json(make_run: MakeRun) -> None:
+    run = make_run()
+    page = page_of(run)
+    text = page.text
+    for label, value in (("Network input", "128 × 128"), ("GMac at that size", "0.072"), ("GMac at 256 × 256", "0.29")):
+        assert text.split(label)[1].split("\n")[0].strip() == value
+    facts = json.loads((run / "export.json").read_text())
+    found = [e.text for e in page.all("td", class_="num")]
+    for row in facts["latency"]:
+        assert f"{row['p50_ms']:.1f}" in found
+    assert "Network alone, 256 × 256" in [e.text for e in page.all("th")]
+    facts.pop("latency")
+    write(run / "export.json", {**facts, "gmacs_256": None})
+    without = page_of(run)
+    assert not without.all("table", class_="latency")
+    assert "GMac at 256" not in without.text
+
+
 def test_home_folders_are_not_shown(make_run: MakeRun) -> None:
     page = page_of(make_run())
     assert "/home/ada" not in page.source
