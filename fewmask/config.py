@@ -63,7 +63,11 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """Which images are used, how they are split where the manifest does not say, and the licence the model tells."""
+    """Which images are used, how they are split where the manifest does not say, and the licence the model tells.
+
+    With `num_folds`, the manifest says no split, and the patients of fold number `fold` are the test split. `label_seed`
+    draws the masks of `label_fraction`, `run.seed` where it is not given: several seeds may so learn from the same.
+    """
 
     root: Path | None = None
     manifest: str | None = None
@@ -72,6 +76,9 @@ class DataSection(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
     test_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.15
     split_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    num_folds: Annotated[int, Field(ge=0)] = 0
+    fold: Annotated[int, Field(ge=0)] = 0
+    label_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     cache: Path | None = None
     licence: str | None = None
 

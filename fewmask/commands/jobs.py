@@ -12,14 +12,16 @@ from fewmask.commands.distillation import distill, find_teachers
 from fewmask.commands.ensemble import EnsemblePredictor, evaluate_ensemble
 from fewmask.commands.evaluate import evaluate_cases
 from fewmask.commands.prepare import Prepared, prepare
+from fewmask.commands.select import SELECTION, candidates, recipe_of, selection
+from fewmask.commands.select import train as train_candidate
 from fewmask.commands.stages import configure_torch, finetune, pretrain
 from fewmask.config import Recipe, parse_time
-from fewmask.engine.run import Run, interruptible, is_main, read_json
+from fewmask.engine.run import Run, interruptible, is_main, read_json, wait_for_everyone, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import read_metrics
 from fewmask.types import Case, UserError
 
-Verb = Literal["pretrain", "finetune", "distill", "ensemble"]
+Verb = Literal["pretrain", "finetune", "distill", "ensemble", "select"]
 
 
 class NotTrainedError(UserError):
@@ -31,7 +33,9 @@ class Job:
     """What is done in one run folder, with which recipe, and from what earlier jobs left.
 
     `weights` is the model file a fine-tuning's encoder starts from, None for the recipe's; `teachers` are run folders
-    or model files: whom a distillation learns from, or an ensemble's members. All but a pre-training are scored.
+    or model files or a selection's folder: whom a distillation learns from, or an ensemble's members. With `candidate`,
+    (task, mode) or ("", "") for the best, the only member is that candidate of the selection. Pre-trainings and
+    selections are not scored, nor what is not to be (`scored`).
     """
 
     folder: Path
@@ -39,6 +43,20 @@ class Job:
     recipe: Recipe
     weights: Path | None = None
     teachers: tuple[Path, ...] = ()
+    candidate: tuple[str, str] | None = None
+    scored: bool = True
+
+    @property
+    def serves_cells(self) -> bool:
+        """Whether it is a step towards what other jobs score, and has no scores of its own."""
+        return not self.scored or self.verb in ("pretrain", "select")
+
+    @property
+    def members(self) -> list[Path]:
+        """The model files of the teachers; those of a selection are known once it is done."""
+        if self.candidate is None:
+            return model_files(self.teachers)
+        return model_files([best_candidate(self.teachers[0], *self.candidate)])
 
     @property
     def model(self) -> Path:
@@ -52,20 +70,22 @@ class Job:
 
     def config(self) -> dict[str, Any]:
         """Return what a resumed run must find unchanged; an ensemble's members are known by their content."""
-        members = {"members": fingerprints(self.teachers)} if self.verb == "ensemble" else {}
+        members = {"members": fingerprints(self.members)} if self.verb == "ensemble" else {}
         return {**self.recipe.resolved(), **({"ensemble": members} if members else {})}
 
 
 def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     """Train and score as the job says, unless that is done.
 
-    Raises NotTrainedError when a pre-training or distillation itself ends badly, and UserError for a folder of other
-    settings or data, or a fine-tuning that ends badly, without which nothing can be said of its row.
+    Raises NotTrainedError when a training of anything but a plain segmenter itself ends badly, and UserError for a
+    folder of other settings or data, or a plain fine-tuning that ends badly, without which there is nothing to compare.
     """
+    # A selection's time is that of each of its candidates.
     budget = parse_time(job.recipe.run.time)
     with Run(job.folder, job.verb, job.config(), budget) as run, interruptible(run):
-        missing = set() if job.verb == "pretrain" else {"test", *(["unseen"] if unseen else [])} - scored(job.folder)
-        if not missing and (job.verb != "pretrain" or job.facts):
+        wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
+        missing = wanted - scored(job.folder)
+        if job.facts and not missing:
             return
         configure_torch(job.recipe)
         data = prepare(run, job.recipe)
@@ -78,28 +98,68 @@ def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
 
 def train(job: Job, run: Run, data: Prepared, budget: float | None) -> None:
     """Do a job's training; an ensemble has none, and is written down."""
-    if job.verb == "finetune":
-        finetune(run, job.recipe, data, str(job.weights or job.recipe.model.weights), budget)
-    elif job.verb == "ensemble":
-        Stage(run, "ensemble").finish(members=[str(path) for path in job.teachers])
+    if job.verb == "ensemble":
+        Stage(run, "ensemble").finish(members=[str(path) for path in job.members])
+    elif job.verb == "finetune" and job.recipe.stage("finetune").method["name"] == "segment":
+        _train(job, run, data, budget)
     else:
         _train_or_tell(job, run, data, budget)
 
 
 def _train_or_tell(job: Job, run: Run, data: Prepared, budget: float | None) -> None:
     try:
-        if job.verb == "pretrain":
-            pretrain(run, job.recipe, data, budget)
-        else:
-            distill(run, job.recipe, data, job.teachers, budget)
+        _train(job, run, data, budget)
     except UserError as error:
         raise NotTrainedError(str(error)) from None
+
+
+def _train(job: Job, run: Run, data: Prepared, budget: float | None) -> None:
+    if job.verb == "pretrain":
+        pretrain(run, job.recipe, data, budget)
+    elif job.verb == "finetune":
+        finetune(run, job.recipe, data, str(job.weights or job.recipe.model.weights), budget)
+    elif job.verb == "select":
+        _select(job, run, data)
+    else:
+        distill(run, job.recipe, data, job.teachers, budget)
+
+
+def _select(job: Job, run: Run, data: Prepared) -> None:
+    """Train every candidate of a selection, and write down which is the best of each task."""
+    section = job.recipe.select
+    assert section is not None
+    wanted = list(candidates(section))
+    for candidate in wanted:
+        train_candidate(run, recipe_of(job.recipe, section, candidate), data, candidate)
+    if is_main():
+        found = selection(run.folder, wanted)
+        write_json(run.folder / SELECTION, found)
+        Stage(run, "select").finish(chosen=found["chosen"])
+    wait_for_everyone()
+
+
+def best_candidate(selected: Path, task: str, mode: str) -> Path:
+    """Return the run folder of the best candidate of a task in a mode, or of all the chosen where both are "".
+
+    The best has the highest validation Dice; a tie goes to the smaller weight, then to the task that comes first.
+    """
+    found = read_json(selected / SELECTION)
+    chosen = set(found["chosen"].values())
+    rows = [
+        row
+        for row in found["candidates"]
+        if (task in (row["task"], "") and mode in (row["mode"], "") and (task or row["name"] in chosen))
+    ]
+    if not rows:
+        raise UserError(f"{selected / SELECTION} has no candidate '{mode}-{task}'; delete {selected} to select anew.")
+    best: dict[str, Any] = max(rows, key=lambda row: (row["score"], -row["weight"]))
+    return selected / str(best["folder"])
 
 
 def score(job: Job, cases: Sequence[Case], key: str) -> None:
     """Score a job's segmenter, or the average of its teachers, on cases under a key."""
     if job.verb == "ensemble":
-        evaluate_ensemble(job.folder, EnsemblePredictor(model_files(job.teachers)), cases, key)
+        evaluate_ensemble(job.folder, EnsemblePredictor(job.members), cases, key)
     else:
         evaluate_cases(job.folder, cases, key)
 

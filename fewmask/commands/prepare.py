@@ -16,7 +16,7 @@ from fewmask.data.audit import audit
 from fewmask.data.cache import CachedDataset, build_cache
 from fewmask.data.contents import content_hashes, default_cache_folder, fingerprint
 from fewmask.data.manifest import load_cases, write_cases
-from fewmask.data.splits import assign_splits, label_subset
+from fewmask.data.splits import assign_splits, hold_out_fold, label_subset
 from fewmask.engine.run import Run, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
@@ -55,6 +55,8 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     found = audited(run.folder / "audit.json", cases, facts["fingerprint"], _cache_folder(recipe))
     run.record_data(facts)  # only now: data that were found faulty are to be mended, and may then differ
     linked = [(a, b) for a, b, _ in found["duplicates"]]
+    if settings.num_folds or settings.fold:
+        cases = hold_out_fold(cases, settings.num_folds, settings.fold, settings.split_seed, linked)
     cases = assign_splits(
         cases,
         seed=settings.split_seed,  # not run.seed: several seeds are scored on the same images
@@ -63,7 +65,8 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
         linked=linked,
     )
     trainable = [case for case in cases if case.split == "train" and case.mask is not None]
-    chosen = {case.name for case in label_subset(trainable, settings.label_fraction, recipe.run.seed)}
+    drawn_by = recipe.run.seed if settings.label_seed is None else settings.label_seed
+    chosen = {case.name for case in label_subset(trainable, settings.label_fraction, drawn_by)}
     copies = copies_of_test(cases, linked)
     uses = _uses(cases, chosen, copies)
     write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])

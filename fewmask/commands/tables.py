@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 LABEL_FRACTIONS = (0.01, 0.1, 0.5, 1.0)
 Losses = Mapping[str, Mapping[str, Any]]
@@ -34,16 +34,54 @@ class Teacher:
 class Student:
     """A distilled segmenter: its losses beside the supervised one, and whether images without a mask take part.
 
-    `pseudo_weight` weighs the supervised loss towards the teacher's decision on those images.
+    `pseudo_weight` weighs the supervised loss towards the teacher's decision on those images. `learns_from` names whom:
+    the cell's teacher, the networks its selection chose, or as many plain ones of several seeds. `ensemble` is how
+    several teachers answer, the recipe's way where None.
     """
 
     losses: Losses = field(default_factory=dict)
     unlabelled: bool = False
     pseudo_weight: float = 0.0
     against: tuple[str, ...] = ()
+    learns_from: Literal["teacher", "selection", "seeds"] = "teacher"
+    ensemble: Literal["average", "mean_kl"] | None = None
 
 
-Row = Pretrained | Teacher | Student
+@dataclass(frozen=True)
+class Single:
+    """One candidate of a cell's selection: the best by validation Dice of a task in a mode, or of all where ""."""
+
+    task: str = ""
+    mode: Literal["joint", "pretrain", ""] = ""
+    against: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MultiTask:
+    """A segmenter trained jointly with every task that needs no masks, all losses with equal weights.
+
+    A task that needs masks would take from the others the images without one, see `Joint`. `combine` as in `Joint`.
+    """
+
+    combine: Literal["sum", "pcgrad"] = "sum"
+    against: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The averaged probabilities of the networks a cell's selection chose, or of as many plain ones of other seeds."""
+
+    of: Literal["selection", "seeds"] = "selection"
+    against: tuple[str, ...] = ()
+
+
+Row = Pretrained | Teacher | Student | Single | MultiTask | Ensemble
+Kind = Literal["pretrained", "distilled", "two-stage"]
+STAGES_OF_KIND: dict[Kind, tuple[str, ...]] = {
+    "pretrained": ("pretrain", "finetune"),
+    "distilled": ("finetune", "distill"),
+    "two-stage": ("select", "pretrain", "finetune", "distill"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,9 +106,21 @@ class Table:
         return any(isinstance(row, Student) for row in self.rows.values())
 
     @property
+    def selects(self) -> bool:
+        """Whether rows are made of what a selection among auxiliary tasks leaves in each cell."""
+        return any(isinstance(row, Single) for row in self.rows.values())
+
+    @property
+    def kind(self) -> Kind:
+        """What its cells do, which says what settings it has a use for."""
+        if self.selects:
+            return "two-stage"
+        return "distilled" if self.distils else "pretrained"
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages that its cells go through."""
-        return ("finetune", "distill") if self.distils else ("pretrain", "finetune")
+        return STAGES_OF_KIND[self.kind]
 
 
 # G2LL's fine-tuning. Our choice: a rate that falls from block to block would hold back an encoder without pre-training.
@@ -113,6 +163,24 @@ DISTILL_BUDGETS: dict[str, Settings] = {
     "full": {"model.size": 256, "finetune.epochs": 100, "distill.epochs": 300},
 }  # fmt: skip
 """As above; boundary distillation's own setting is not in the text we have, so "full" is ours too."""
+
+TWO_STAGE_BUDGETS: dict[str, Settings] = {
+    "smoke": {
+        **_SECONDS, "grid.seeds": 2, "grid.student": "two_stage", "model.encoder": "tiny", "model.weights": "none",
+        "model.segmenter": "tiny_unet", "model.size": 32, "student.encoder": "tiny", "student.weights": "none",
+        "student.segmenter": "tiny_unet", "select.tasks": ["rotation", "restoration"], "select.weights": [0.3],
+        "pretrain.epochs": 1, "pretrain.batch_size": 4, "pretrain.min_epoch_steps": 2,
+        "distill.epochs": 1, "distill.batch_size": 4, "distill.min_epoch_steps": 6, "distill.method.average": 0.0,
+    },
+    "cpu": {
+        "grid.student": "two_stage", "grid.train_time": "4m", "grid.distill_time": "4m", "grid.num_unseen": 500,
+        "model.size": 128,
+    },
+    "full": {
+        "grid.student": "two_stage", "grid.train_time": "30m", "grid.distill_time": "30m", "model.size": 256,
+    },
+}  # fmt: skip
+"""As above; the two-stage method's own setting is not in the text we have either."""
 
 
 def _masked(mask: str) -> Pretrained:
@@ -163,6 +231,28 @@ _CONTROLS = {
     "m2bf-parallel": Student(_losses("m2bf", form="parallel"), against=("m2bf",)),
 }
 
+TASKS = ("rotation", "jigsaw", "contrastive", "restoration", "boundary_distance")
+TEMPERATURE = 2.0
+
+
+def _of_several(learns_from: Literal["selection", "seeds"], *against: str, ensemble: Any = "mean_kl") -> Student:
+    losses = {"kd": {"weight": WEIGHTS["kd"], "temperature": TEMPERATURE}}
+    return Student(losses, unlabelled=True, against=against, learns_from=learns_from, ensemble=ensemble)
+
+
+_TWO_STAGE: dict[str, Row] = {
+    "plain": Pretrained(),
+    **{f"{mode}-{task}": Single(task, mode) for task in TASKS for mode in ("joint", "pretrain")},
+    "best-single": Single(),
+    "uniform": MultiTask(),
+    "pcgrad": MultiTask("pcgrad"),
+    "ensemble": Ensemble(against=("five-seeds-ensemble",)),
+    "distilled": _of_several("selection", "ensemble", "five-seeds-distilled", "uniform", "pcgrad"),
+    "distilled-average": _of_several("selection", "distilled", ensemble="average"),
+    "five-seeds-ensemble": Ensemble("seeds"),
+    "five-seeds-distilled": _of_several("seeds"),
+}
+
 TABLES: dict[str, Table] = {
     "g2ll-table1": Table(
         {"random": Pretrained(), **{n: Pretrained(n) for n in ("supervised", "mae", "dino", "g2ll", "tedmae")}},
@@ -191,6 +281,10 @@ TABLES: dict[str, Table] = {
         {**_BASELINES, **_DISTILLED, **_UNLABELLED, **_CONTROLS},
         references=("alone", "teacher"), budgets=DISTILL_BUDGETS, finetune="unet", fractions=(1.0, 0.1),
         columns=("boundary_iou",), compared=("dice", "boundary_iou"),
+    ),
+    "two-stage": Table(
+        _TWO_STAGE, references=("plain", "best-single"), budgets=TWO_STAGE_BUDGETS, finetune="two_stage",
+        fractions=(0.1,),
     ),
 }  # fmt: skip
 """Every table; "random", an encoder without pre-training, stands in those of pre-training for comparison."""

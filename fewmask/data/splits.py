@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fewmask.types import SPLITS, Case, Split, UserError
+
+Part = TypeVar("Part", Split, int)  # what blocks are dealt to: a split, or the number of a fold
 
 
 def assign_splits(
@@ -41,6 +44,46 @@ def assign_splits(
         drawn = _draw(_blocks(labelled, roots, closed), missing, seed)
     split_of = {case.name: _choose(case, roots[case.name], decided, drawn) for case in labelled}
     return [case.in_split(split_of[case.name]) if case.mask is not None else case for case in cases]
+
+
+def assign_folds(
+    cases: Sequence[Case], num_folds: int, seed: int = 0, linked: Iterable[tuple[str, str]] = ()
+) -> dict[str, int]:
+    """Return {name: fold, 0 <= fold < num_folds} of every labelled case, each fold with as much as any other.
+
+    No group lies in two folds; `linked` pairs of names join their groups. Numbers of cases and, after them, of each
+    label are spread evenly. Depends on the seed and the set of cases, not on their order. Raises UserError for fewer
+    than two folds, or fewer groups with a mask than folds.
+    """
+    labelled = [case for case in cases if case.mask is not None]
+    roots = _join_groups(cases, linked)
+    blocks = _blocks(labelled, roots, set())
+    if not 2 <= num_folds <= len(blocks):
+        raise UserError(
+            f"data.num_folds is {num_folds}, and the masks are of {len(blocks)} separate patients: give at least 2 and "
+            "at most as many."
+        )
+    dealt = _deal(blocks, dict.fromkeys(range(num_folds), 1 / num_folds), seed)
+    return {case.name: dealt[roots[case.name]] for case in labelled}
+
+
+def hold_out_fold(
+    cases: Sequence[Case], num_folds: int, fold: int, seed: int = 0, linked: Iterable[tuple[str, str]] = ()
+) -> list[Case]:
+    """Return the cases in their order, the labelled ones of a fold in the test split; see `assign_folds`.
+
+    Raises UserError for a fold that there is not, and where the cases have a split already.
+    """
+    if not 0 <= fold < num_folds:
+        raise UserError(f"data.fold is {fold}, and there are {num_folds} folds: give a number from 0 to one below.")
+    given = next((case for case in cases if case.mask is not None and case.split is not None), None)
+    if given is not None:
+        raise UserError(
+            f"The manifest puts '{given.name}' in {given.split}, and folds would too: leave data.num_folds out, or "
+            "empty the manifest's column 'split'."
+        )
+    fold_of = assign_folds(cases, num_folds, seed, linked)
+    return [case.in_split("test") if fold_of.get(case.name) == fold else case for case in cases]
 
 
 def label_subset(cases: Sequence[Case], fraction: float, seed: int) -> list[Case]:
@@ -161,11 +204,17 @@ def _draw(blocks: list[_Block], shares: dict[Split, float], seed: int) -> dict[s
     if len(blocks) < len(names):  # two blocks, both val and test missing
         names = ["train", "val"]
     weights = {name: shares.get(name, 1 - sum(shares[other] for other in names[1:])) for name in names}
-    blocks = _order(_pool_rare(blocks, min(weights.values())), min(weights.values()), seed)
+    return _deal(blocks, weights, seed)
+
+
+def _deal(blocks: list[_Block], weights: Mapping[Part, float], seed: int) -> dict[str, Part]:
+    """Return {block: part}, every part with its share of the cases and of each label, none empty; see `_draw`."""
+    names, smallest = list(weights), min(weights.values())
+    blocks = _order(_pool_rare(blocks, smallest), smallest, seed)
     totals = sum((block.labels for block in blocks), Counter[str]())
     need = {name: Counter({label: weights[name] * n for label, n in totals.items()}) for name in names}
     room = {name: weights[name] * totals.total() for name in names}
-    drawn: dict[str, Split] = {}
+    drawn: dict[str, Part] = {}
     for block in blocks:
         best = max(names, key=lambda name: _gain(block, need[name], room[name], totals))
         drawn[block.root] = best
@@ -200,8 +249,8 @@ def _order(blocks: list[_Block], smallest: float, seed: int) -> list[_Block]:
     return sorted(blocks, key=lambda block: -block.size if block.size > max(1, bulky) else 0)
 
 
-def _fill_empty(blocks: list[_Block], drawn: dict[str, Split], names: list[Split]) -> dict[str, Split]:
-    """Give each empty split the smallest block of the split with most blocks."""
+def _fill_empty(blocks: list[_Block], drawn: dict[str, Part], names: list[Part]) -> dict[str, Part]:
+    """Give each empty part the smallest block of the part with most blocks."""
     for name in names:
         if name not in drawn.values():
             donor = Counter(drawn.values()).most_common(1)[0][0]

@@ -131,11 +131,11 @@ class Distill(Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "teacher_student", strips (b, 3, s, 3 s): the image, the teacher's and the student's heat on it."""
+        """Return "teacher_and_student", strips (b, 3, s, 3 s): the image, the teacher's and the student's heat on it."""
         picture = denormalise(batch.image)
         both = (self.teacher(batch.image).logits, self.segmenter(batch.image).logits)
         heated = [overlay_heat(picture, logits.float().sigmoid()) for logits in both]
-        return {"teacher_student": torch.cat([picture, *heated], dim=3)}
+        return {"teacher_and_student": torch.cat([picture, *heated], dim=3)}
 
 
 def overlay_heat(picture: Tensor, probability: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from fewmask.types import Interrupted, UserError
 
 PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
 # Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
-_FREE = frozenset({"time", "checkpoint_seconds", "tensorboard", "out", "root", "unlabelled", "cache", "licence"})
+_FREE = frozenset(
+    {"time", "checkpoint_seconds", "probe_every", "tensorboard", "out", "root", "unlabelled", "cache", "licence"}
+)
 
 
 def seed_step(seed: int, step: int, stream: int = 0) -> None:

@@ -18,6 +18,7 @@ from fewmask.report.features import features
 from fewmask.report.limits import limits
 from fewmask.report.pictures import KINDS, case_pictures, previews
 from fewmask.report.reading import Record, read_run
+from fewmask.report.student import student
 from fewmask.report.wording import moment, split_name
 from fewmask.types import UserError
 
@@ -58,7 +59,7 @@ def render(records: list[Record]) -> str:
 
 def describe(record: Record, anchor: str) -> dict[str, Any]:
     """Return everything the template shows of a run; `anchor` keeps the links of several runs apart."""
-    stage = record.stage("pretrain")
+    stage, taught = record.stage("pretrain"), record.stage("distill")
     run = {
         "anchor": anchor,
         "name": record.name,
@@ -68,6 +69,8 @@ def describe(record: Record, anchor: str) -> dict[str, Any]:
         "table": results.table(record),
         "spread": results.spread(record),
         "labels": results.labels(record),
+        "student": student(record),
+        "pairs": previews(taught.previews) if taught else [],
         "pictures": picture_groups(record),
         "training": [training.training(s) for s in record.stages],
         "previews": previews(stage.previews) if stage else [],
@@ -96,6 +99,7 @@ def sections(run: dict[str, Any]) -> list[tuple[str, str]]:
     present = [
         ("results", "Results", run["table"]),
         ("spread", "Case by case", run["spread"] or run["labels"]),
+        ("student", "Small and large", run["student"]),
         ("pictures", "Pictures", run["pictures"] and run["pictures"]["groups"]),
         ("pretraining", "Pre-training", run["previews"] or run["features"] or run["pretraining"]),
         ("training", "Curves", [stage for stage in run["training"] if stage["charts"] or stage["remarks"]]),

@@ -50,6 +50,7 @@ class Record:
     stages: list[Stage]
     export: dict[str, Any] | None
     compare: dict[str, Any] | None
+    distilled: dict[str, Any] | None
     pictures: dict[str, list[dict[str, Any]]]
 
     @property
@@ -82,6 +83,7 @@ def read_run(folder: Path) -> Record:
         stages=[stage for name in _stage_names(folder) if (stage := read_stage(folder / name)) is not None],
         export=hide_home(_mapping(folder / "export.json")),
         compare=hide_home(_mapping(folder / "compare.json")),
+        distilled=_mapping(folder / "distill" / "comparison.json"),
         pictures={p.parent.name: _pictures(p) for p in sorted(folder.glob("pictures/[!.]*/index.json"))},
     )
 

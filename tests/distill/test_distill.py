@@ -238,7 +238,7 @@ def test_the_preview_shows_image_teacher_and_student():
     objective = make().eval()
     batch = viewed()
     before = torch.get_rng_state()
-    strips = objective.preview(batch)["teacher_student"]
+    strips = objective.preview(batch)["teacher_and_student"]
     assert torch.equal(before, torch.get_rng_state())
     assert strips.shape == (4, 3, SIZE, 3 * SIZE)
     assert 0 <= strips.min() <= strips.max() <= 1
