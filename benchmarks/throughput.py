@@ -322,7 +322,7 @@ def parse_cell(text: str) -> tuple[str, str, int]:
 
 
 def own_best(cells: list[dict]) -> list[dict]:
-    """Return, for each method and network, fewmask in its best precision beside lightly in fp32, as its examples run."""
+    """Return, for each method and network, fewmask in its best precision beside lightly in fp32 (as its examples)."""
     rows = []
     for plain in (cell for cell in cells if cell["precision"] == "fp32"):
         same = [cell for cell in cells if all(cell[key] == plain[key] for key in ("method", "encoder", "size"))]

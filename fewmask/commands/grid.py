@@ -6,34 +6,68 @@ import copy
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fewmask.auxiliary import AUXILIARY
 from fewmask.commands.jobs import Job
-from fewmask.commands.tables import TABLES, Pretrained, Row, Student, Table, Teacher
-from fewmask.config import Recipe, load_recipe, parse_time
+from fewmask.commands.tables import TABLES, Ensemble, MultiTask, Pretrained, Row, Single, Student, Table, Teacher
+from fewmask.config import Recipe, SelectSection, load_recipe, parse_time
 from fewmask.registry import build, choose
 from fewmask.types import UserError
 
 TEACHER = "teacher"  # the row whose segmenters the students of the same cell learn from
+PLAIN = "plain"  # the row of a segmenter without any task; its network is the first of a cell's several seeds
+EQUAL_WEIGHT = 1.0  # of each task in a row of several tasks, as that of the segmentation
+SEED_STEP = 1000  # between the seeds of one cell's plain networks, so that no two cells share one
 SET_BY_GRID = {
-    "run.time": "grid.pretrain_time, grid.finetune_time and grid.distill_time",
+    "run.time": "grid.pretrain_time, grid.finetune_time, grid.train_time and grid.distill_time",
     "run.seed": "grid.seeds and grid.pretrain_seeds",
     "run.out": "--out",
     "data.root": "--data",
     "data.manifest": "--manifest",
     "data.unlabelled": "--unlabelled",
     "data.label_fraction": "grid.fractions",
+    "data.label_seed": "grid.seeds",
+    "data.num_folds": "grid.folds",
+    "data.fold": "grid.folds",
     "distill.teachers": "grid.teachers",
     "distill.unlabelled": "grid.rows",
     "distill.predict_once": "grid.rows",
     "distill.method.losses": "grid.rows",
     "distill.method.pseudo_weight": "grid.rows",
 }
-# Of `Grid`, what only one kind of table has a use for.
-ONLY_IF_PRETRAINED = ("grid.pretrain_seeds", "grid.pretrain_time")
-ONLY_IF_DISTILLED = ("grid.distill_time", "grid.student", "grid.teachers")
-STAGE_OF = {"pretrain": "pretrain", "finetune": "finetune", "distill": "distill", "student": "distill"}
+SET_BY_ROWS = {
+    "finetune.method.name": "grid.rows",
+    "finetune.method.task": "grid.rows",
+    "finetune.method.task_weight": "grid.rows and select.weights",
+    "finetune.method.task_settings": "select.task_settings",
+    "finetune.method.combine": "grid.rows",
+    "pretrain.method": "select.task_settings",
+    "distill.method.ensemble": "grid.rows",
+}
+"""What the rows of a two-stage table differ by, beside the settings above."""
+
+# Of `Grid`, what only some kinds of table have a use for.
+USED_BY = {
+    "grid.pretrain_seeds": ("pretrained",),
+    "grid.pretrain_time": ("pretrained",),
+    "grid.finetune_time": ("pretrained", "distilled"),
+    "grid.train_time": ("two-stage",),
+    "grid.folds": ("two-stage",),
+    "grid.distill_time": ("distilled", "two-stage"),
+    "grid.student": ("distilled", "two-stage"),
+    "grid.teachers": ("distilled",),
+}
+SECTIONS = {
+    "pretrain": ("pretrain",),
+    "finetune": ("finetune",),
+    "distill": ("distill", "student"),
+    "select": ("select", "pretrain", "finetune"),
+}
+"""The sections of a recipe that say how a stage trains; all others concern every stage."""
+OF_A_STAGE = frozenset(section for sections in SECTIONS.values() for section in sections)
 
 
 @dataclass(frozen=True)
@@ -44,8 +78,10 @@ class Grid:
     of the segmenter for each, which draw their masks anew; `pretrain_seeds` pre-trainings a row, used in turn by the
     seeds; the time of one training, such as "20m", or "none" for all its epochs; `num_unseen` images of the unseen
     data set are scored, 0 for all. `student` is the recipe with [student] and [distill] that students are made by;
-    `teachers` are run folders or model files that stand for every cell's own teacher, several as an ensemble. Raises
-    UserError for values that cannot be.
+    `teachers` are run folders or model files that stand for every cell's own teacher, several as an ensemble.
+    `train_time` is the time of each single network of a two-stage table, a pre-training and its fine-tuning together.
+    With `folds`, for data without splits, a seed's test images are the patients of one fold, so that `seeds` is their
+    number. Raises UserError for values that cannot be.
     """
 
     rows: tuple[str, ...] = ()
@@ -54,14 +90,16 @@ class Grid:
     pretrain_seeds: int = 1
     pretrain_time: str = "none"
     finetune_time: str = "none"
+    train_time: str = "none"
     distill_time: str = "none"
+    folds: int = 0
     num_unseen: int = 0
     student: str = "tiny_unet"
     teachers: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         """Check what types do not say."""
-        for name in ("pretrain_time", "finetune_time", "distill_time"):
+        for name in ("pretrain_time", "finetune_time", "train_time", "distill_time"):
             try:
                 parse_time(getattr(self, name))
             except ValueError as error:
@@ -71,6 +109,11 @@ class Grid:
         if not 1 <= self.pretrain_seeds <= self.seeds or self.num_unseen < 0:
             raise UserError(
                 "grid.seeds must be at least grid.pretrain_seeds, that at least 1, grid.num_unseen at least 0."
+            )
+        if self.folds and (self.folds < 2 or self.seeds != self.folds):
+            raise UserError(
+                f"grid.folds is {self.folds} and grid.seeds {self.seeds}: give at least two folds and leave grid.seeds "
+                "out, as each fold has a seed of its own."
             )
 
 
@@ -97,7 +140,23 @@ class Order:
         """The rows that are measured, in the table's order."""
         table = self.what.rows
         chosen = {name: choose(table, name, f"row in {self.table}") for name in self.grid.rows} or table
-        return {name: row for name, row in table.items() if name in chosen}
+        return {name: row for name, row in table.items() if name in chosen and self._is_tried(row)}
+
+    @cached_property
+    def selects(self) -> SelectSection:
+        """What a two-stage table selects from."""
+        return self.select_recipe(self.fractions[0], 0).select or SelectSection()
+
+    @property
+    def joint_tasks(self) -> list[str]:
+        """The tasks that need no masks, which are trained jointly in the rows of several tasks."""
+        return [task for task in self.selects.tasks if not choose(AUXILIARY, task, "auxiliary task").needs_masks]
+
+    def _is_tried(self, row: Row) -> bool:
+        """Whether the selection has the candidate that a row is of; true of every other row."""
+        if not isinstance(row, Single) or not row.task:
+            return True
+        return row.task in self.selects.tasks and row.mode in self.selects.modes
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -114,25 +173,57 @@ class Order:
             return self.out / row / "given"  # the same for every share of the masks and every seed
         return self.out / row / f"{fraction:g}-{seed}"
 
+    def selection(self, fraction: float, seed: int) -> Path:
+        """Return the folder of a cell's selection among auxiliary tasks."""
+        return self.out / "selection" / f"{fraction:g}-{seed}"
+
     def jobs(self, row: str, fraction: float, seed: int) -> tuple[Job, ...]:
         """Return what a cell takes, in order; the last job is the one whose scores stand in the table.
 
         A job may serve several cells. A new kind of row has its jobs told here.
         """
-        what, folder = self.what.rows[row], self.folder(row, fraction, seed)
+        what, folder, cell = self.what.rows[row], self.folder(row, fraction, seed), (fraction, seed)
         if isinstance(what, Student):
-            teachers = self.grid.teachers or (self.folder(TEACHER, fraction, seed),)
-            student = Job(folder, "distill", self.student_recipe(row, fraction, seed), teachers=teachers)
-            return (student,) if self.grid.teachers else (*self.jobs(TEACHER, fraction, seed), student)
-        if isinstance(what, Teacher):
-            if self.grid.teachers:
-                return (Job(folder, "ensemble", self.finetune_recipe(1.0, 0), teachers=self.grid.teachers),)
-            return (Job(folder, "finetune", self.finetune_recipe(fraction, seed)),)
+            first, teachers = self._taught_by(what.learns_from, *cell)
+            return *first, Job(folder, "distill", self.student_recipe(row, *cell), teachers=teachers)
+        if isinstance(what, Ensemble):
+            first, members = self._taught_by(what.of, *cell)
+            return *first, Job(folder, "ensemble", self.finetune_recipe(*cell), teachers=members)
+        if isinstance(what, Single):
+            first, selected = self._taught_by("selection", *cell)
+            recipe = self.select_recipe(*cell)
+            return *first, Job(folder, "ensemble", recipe, teachers=selected, candidate=(what.task, what.mode))
+        if isinstance(what, MultiTask):
+            return (Job(folder, "finetune", self.joint_recipe(what, *cell)),)
+        if isinstance(what, Teacher) and self.grid.teachers:
+            return (Job(folder, "ensemble", self.finetune_recipe(1.0, 0), teachers=self.grid.teachers),)
         pretraining = self.pretrain_recipe(row, seed)
         if pretraining is None:
-            return (Job(folder, "finetune", self.finetune_recipe(fraction, seed)),)
-        first = Job(self.pretraining(row, seed), "pretrain", pretraining)
-        return first, Job(folder, "finetune", self.finetune_recipe(fraction, seed), weights=first.model)
+            return (Job(folder, "finetune", self.finetune_recipe(*cell)),)
+        earlier = Job(self.pretraining(row, seed), "pretrain", pretraining)
+        return earlier, Job(folder, "finetune", self.finetune_recipe(*cell), weights=earlier.model)
+
+    def _taught_by(self, source: str, fraction: float, seed: int) -> tuple[tuple[Job, ...], tuple[Path, ...]]:
+        """Return the jobs that make the teachers or members of a source in a cell, and where these will be."""
+        if source == "selection":
+            selected = self.selection(fraction, seed)
+            return (Job(selected, "select", self.select_recipe(fraction, seed)),), (selected,)
+        if source == "seeds":
+            networks = self.plain_networks(fraction, seed)
+            return networks, tuple(job.folder for job in networks)
+        if self.grid.teachers:
+            return (), self.grid.teachers
+        return self.jobs(TEACHER, fraction, seed), (self.folder(TEACHER, fraction, seed),)
+
+    def plain_networks(self, fraction: float, seed: int) -> tuple[Job, ...]:
+        """Return the trainings of as many plain networks as there are tasks, each of its own seed, on the same masks.
+
+        The first is that of the row without any task.
+        """
+        folder = self.out / "seeds" / f"{fraction:g}-{seed}"
+        recipes = [self.finetune_recipe(fraction, seed, number) for number in range(1, len(self.selects.tasks))]
+        others = (Job(folder / str(recipe.run.seed), "finetune", recipe, scored=False) for recipe in recipes)
+        return *self.jobs(PLAIN, fraction, seed), *others
 
     def pretrain_recipe(self, row: str, seed: int) -> Recipe | None:
         """Return the recipe of a row's pre-training, None for a row without one."""
@@ -143,14 +234,35 @@ class Order:
         given: dict[str, Any] = {"run.time": self.grid.pretrain_time, **method, **self._all_images}
         return self._recipe("pretrain", what.recipe, seed % self.grid.pretrain_seeds, given)
 
-    def finetune_recipe(self, fraction: float, seed: int) -> Recipe:
+    def finetune_recipe(self, fraction: float, seed: int, number: int = 0) -> Recipe:
         """Return the recipe of a fine-tuning; it is the same for every row.
 
-        A teacher's data are its students', so that none of them trains on what another chooses its weights by.
+        A teacher's data are its students', so that none of them trains on what another chooses its weights by. `number`
+        counts the plain networks of a cell: each has a seed of its own, and all have the masks of the first.
         """
         images = self._all_images if self.what.distils else {}
-        given = {"run.time": self.grid.finetune_time, "data.label_fraction": fraction, **images}
+        time = self.grid.train_time if self.what.selects else self.grid.finetune_time
+        again = {"run.seed": seed + number * SEED_STEP, "data.label_seed": seed} if number else {}
+        given = {"run.time": time, "data.label_fraction": fraction, **images, **again}
         return self._recipe("finetune", self.what.finetune, seed, given)
+
+    def joint_recipe(self, row: MultiTask, fraction: float, seed: int) -> Recipe:
+        """Return the recipe of a fine-tuning with several tasks; a UserError where all of them need masks."""
+        if not self.joint_tasks:
+            raise UserError(
+                f"select.tasks is {', '.join(self.selects.tasks)}, and rows of several tasks take those that need no "
+                "masks: add one, or leave these rows out of grid.rows."
+            )
+        settings = {task: self.selects.task_settings.get(task, {}) for task in self.joint_tasks}
+        method = {"name": "joint", "task": self.joint_tasks, "task_settings": settings, "combine": row.combine}
+        given = {f"finetune.method.{key}": value for key, value in {**method, "task_weight": EQUAL_WEIGHT}.items()}
+        given |= {"run.time": self.grid.train_time, "data.label_fraction": fraction, **self._all_images}
+        return self._recipe("finetune", self.what.finetune, seed, given)
+
+    def select_recipe(self, fraction: float, seed: int) -> Recipe:
+        """Return the recipe of a cell's selection; its time is that of each candidate."""
+        given = {"run.time": self.grid.train_time, "data.label_fraction": fraction, **self._all_images}
+        return self._recipe("select", self.what.finetune, seed, given)
 
     def student_recipe(self, row: str, fraction: float, seed: int) -> Recipe:
         """Return the recipe of a student's distillation."""
@@ -163,6 +275,7 @@ class Order:
             "distill.predict_once": False,  # impossible for rows with losses, and all rows are to be alike
             "distill.method.losses": dict(what.losses),
             "distill.method.pseudo_weight": what.pseudo_weight,
+            **({"distill.method.ensemble": what.ensemble} if what.ensemble else {}),
         }
         return self._recipe("distill", self.grid.student, seed, given | self._all_images)
 
@@ -173,6 +286,8 @@ class Order:
     def _recipe(self, stage: str, name: str, seed: int, given: Mapping[str, Any]) -> Recipe:
         of_budget = {key: value for key, value in self.what.budgets[self.budget].items() if _concerns(key, stage)}
         ours = {"data.root": str(self.data), "data.manifest": self.manifest, "run.seed": seed}
+        if self.grid.folds:
+            ours |= {"data.num_folds": self.grid.folds, "data.fold": seed}
         settings = [text for text in self.settings if _concerns(text, stage)]
         # A copy: settings are written into what is given, and the tables are every order's.
         return load_recipe(name, settings, given=copy.deepcopy({**of_budget, **ours, **given}))
@@ -180,7 +295,7 @@ class Order:
 
 def _concerns(key: str, stage: str) -> bool:
     section = key.split(".")[0]
-    return section != "grid" and STAGE_OF.get(section, stage) == stage
+    return section != "grid" and (section not in OF_A_STAGE or section in SECTIONS[stage])
 
 
 def place_order(
@@ -198,10 +313,13 @@ def place_order(
     for text in settings:
         _check_use(table, what, text.partition("=")[0])
     values = {key.removeprefix("grid."): value for key, value in defaults.items() if key.startswith("grid.")}
-    grid = build(Grid, values | _grid_settings(settings), "grid")
+    grid = build(Grid, _with_folds(values, _grid_settings(settings)), "grid")
     if what.distils:
         load_recipe(grid.student).stage("distill")  # before settings are written into a section it may not have
     order = Order(table, budget, grid, out, data, manifest, tuple(unlabelled), tuple(settings))
+    for name in grid.rows:
+        if choose(what.rows, name, f"row in {table}") and name not in order.rows:
+            raise UserError(f"grid.rows holds '{name}', which select.tasks or select.modes leaves out; add it there.")
     for row in order.rows:
         for fraction in order.fractions:
             order.jobs(row, fraction, 0)
@@ -210,14 +328,21 @@ def place_order(
 
 def _check_use(table: str, what: Table, key: str) -> None:
     """Raise a UserError for a setting that the grid gives a value, or that this kind of table has no use for."""
-    for name, instead in SET_BY_GRID.items():
+    for name, instead in {**SET_BY_GRID, **(SET_BY_ROWS if what.selects else {})}.items():
         if key == name or key.startswith(f"{name}."):
             raise UserError(f"'{key}' differs from run to run of a table; use {instead} instead.")
-    useless = ONLY_IF_PRETRAINED if what.distils else ONLY_IF_DISTILLED
-    if key in useless or STAGE_OF.get(key.split(".")[0], what.stages[0]) not in what.stages:
+    of_stages = {name for stage in what.stages for name in SECTIONS[stage]}
+    section = key.split(".")[0]
+    if what.kind not in USED_BY.get(key, (what.kind,)) or (section in OF_A_STAGE and section not in of_stages):
         raise UserError(
             f"'{key}' is of no use to {table}, which goes through {' and '.join(what.stages)}; leave it out."
         )
+
+
+def _with_folds(values: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the grid's settings, with as many seeds as folds where nobody says how many."""
+    folds = settings.get("folds") or 0
+    return {**values, **({"seeds": folds} if isinstance(folds, int) and folds > 0 else {}), **settings}
 
 
 def _grid_settings(settings: Iterable[str]) -> dict[str, Any]:

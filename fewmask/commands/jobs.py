@@ -85,7 +85,7 @@ def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     with Run(job.folder, job.verb, job.config(), budget) as run, interruptible(run):
         wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
         missing = wanted - scored(job.folder)
-        if job.facts and not missing:
+        if not missing and (job.facts or not job.serves_cells):
             return
         configure_torch(job.recipe)
         data = prepare(run, job.recipe)

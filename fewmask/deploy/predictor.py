@@ -72,13 +72,18 @@ class Predictor(ImagePredictor):
             ) from None
 
 
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_session(source: Path | bytes, threads: int = 0) -> Any:
     """Return a quiet CPU session of ONNX Runtime for a file or its bytes; UserError where it is not a usable model."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
-    options.intra_op_num_threads = threads
+    # Left to itself ONNX Runtime takes every core of the machine, those that this process may not use included.
+    options.intra_op_num_threads = threads or _num_cores()
     try:
         model = source if isinstance(source, bytes) else str(source)
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

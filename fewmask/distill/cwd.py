@@ -14,7 +14,7 @@ from fewmask.types import Batch, SegOutput
 
 
 class CWD(Distiller):
-    """T^2 / C sum_c KL(softmax(T_c / T) || softmax(S_c / T)), softmax over positions (Shu et al. 2021, eqs. 2 to 4).
+    """T^2 / C sum_c KL(softmax(T_c / T) || softmax(S_c / T)), softmax over positions (Shu et al. 2021).
 
     T = 4. `on` chooses what is compared, as the paper does: "logits" (weight 3 there) or "features" (a 1x1
     convolution to the teacher's width, mean over `levels`, see `AlignLevels`). With our one logit C = 1. The softmax

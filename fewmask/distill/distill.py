@@ -131,7 +131,7 @@ class Distill(Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "teacher_and_student", strips (b, 3, s, 3 s): the image, the teacher's and the student's heat on it."""
+        """Return "teacher_and_student", strips (b, 3, s, 3 s): the image, then the heat of both networks on it."""
         picture = denormalise(batch.image)
         both = (self.teacher(batch.image).logits, self.segmenter(batch.image).logits)
         heated = [overlay_heat(picture, logits.float().sigmoid()) for logits in both]

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Generation(nn.Sequential):
-    """3x3 convolution, ReLU, 3x3 convolution, width and resolution kept (MGD, Yang et al. 2022, eq. 3)."""
+    """3x3 convolution, ReLU, 3x3 convolution, width and resolution kept (MGD, Yang et al. 2022)."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(

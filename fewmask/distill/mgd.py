@@ -14,7 +14,7 @@ from fewmask.types import Batch, SegOutput
 
 
 class MGD(Distiller):
-    """mean((T - G(M * align(S)))^2): masked generative distillation (Yang et al. 2022, eqs. 2 to 4).
+    """mean((T - G(M * align(S)))^2): masked generative distillation (Yang et al. 2022).
 
     M drops each position, for all channels, with probability `drop` (paper: 0.75 for segmentation); G is two 3x3
     convolutions. Ours: the mean over elements where the paper sums, which ties the weight to the feature's size;

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewmask.models.blocks import conv_norm
 from fewmask.models.encoder import Encoder
 from fewmask.models.segmenter import Segmenter
 from fewmask.models.unet import check_widths
@@ -48,11 +49,11 @@ class Transunet(Segmenter):
         self.encoder: Vit
         self.logit_stride = logit_stride
         widths = dict(zip((8, 4, 2, 1), decoder_channels, strict=True))
-        self.stem = nn.ModuleList([conv_norm(3, stem_channels[0], 2), conv_norm(*stem_channels, 2)])
-        self.fuse = conv_norm(sum(encoder.channels), widths[8], 1, kernel=1)
+        self.stem = nn.ModuleList([conv_norm(3, stem_channels[0], 3, stride=2), conv_norm(*stem_channels, 3, stride=2)])
+        self.fuse = conv_norm(sum(encoder.channels), widths[8], 1)
         skips = {4: stem_channels[1], 2: stem_channels[0], 1: 0}
         if encoder.patch == 16:
-            self.lift = conv_norm(encoder.dim, widths[8] // 2, 1, kernel=1)
+            self.lift = conv_norm(encoder.dim, widths[8] // 2, 1)
             skips[8] = widths[8] // 2
         self.decoder_strides = [s for s in (8, 4, 2, 1) if logit_stride <= s < encoder.patch]
         self.blocks, before = nn.ModuleDict(), widths[8]
@@ -88,15 +89,6 @@ def enlarge(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def conv_norm(num_in: int, num_out: int, stride: int, kernel: int = 3) -> nn.Sequential:
-    """Return convolution, batch normalisation and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(num_in, num_out, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(num_out),
-        nn.ReLU(inplace=True),
-    )
-
-
 def double_conv(num_in: int, num_out: int) -> nn.Sequential:
     """Return one group of convolutional blocks: two 3x3 convolutions with normalisation and ReLU."""
-    return nn.Sequential(conv_norm(num_in, num_out, 1), conv_norm(num_out, num_out, 1))
+    return nn.Sequential(conv_norm(num_in, num_out, 3), conv_norm(num_out, num_out, 3))

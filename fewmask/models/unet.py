@@ -23,8 +23,8 @@ class Unet(Segmenter):
     def __init__(self, encoder: Encoder, decoder_channels: tuple[int, ...] = (256, 128, 64, 32, 16)) -> None:
         if not isinstance(encoder, Cnn):
             raise UserError(
-                f"The segmenter 'unet' needs a CNN encoder, but '{encoder.name}' is a {encoder.kind}: "
-                "choose model.segmenter='transunet' or an encoder such as efficientnet_lite0."
+                f"The segmenter 'unet' needs a CNN of timm, which '{encoder.name}' is not: choose an encoder such as "
+                "efficientnet_lite0, or model.segmenter='tiny_unet' for 'tiny' and 'transunet' for a ViT."
             )
         check_widths(decoder_channels, 5)
         super().__init__("unet", encoder, {"decoder_channels": list(decoder_channels)})

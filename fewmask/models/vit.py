@@ -9,6 +9,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fewmask.models.attention import Attention
 from fewmask.models.encoder import Encoder, check_divisible
 from fewmask.types import UserError
 
@@ -56,7 +57,7 @@ class Vit(Encoder):
         self.strides, self.channels = (shape.patch,) * len(out_blocks), (shape.dim,) * len(out_blocks)
         self.body: Any = VisionTransformer(
             img_size=size, patch_size=shape.patch, embed_dim=shape.dim, depth=shape.depth, num_heads=shape.heads,
-            num_classes=0, global_pool="", drop_path_rate=drop_path,
+            num_classes=0, global_pool="", drop_path_rate=drop_path, attn_layer=Attention,
         )  # fmt: skip
         assert self.body.pos_embed is not None
         with torch.no_grad():

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewmask.models.attention import Attention, attend
 from fewmask.models.vit import sine_cosine
 from fewmask.pretrain.patches import take
 from fewmask.types import UserError
@@ -29,7 +30,7 @@ class PatchDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("positions", sine_cosine(grid, dim)[None], persistent=False)
         self.positions: Tensor
-        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(dim, heads, qkv_bias=True, attn_layer=Attention) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, patch * patch * 3)
         self.apply(initialise)
@@ -60,9 +61,7 @@ def last_tokens(block: Any, x: Tensor, num: int) -> Tensor:
     weight, bias, dim = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
     query = F.linear(seen[:, -num:], weight[:dim], bias[:dim])
     key, value = F.linear(seen, weight[dim:], bias[dim:]).chunk(2, dim=2)
-    heads = [part.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
-    mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    x = x + attention.proj(mixed)
+    x = x + attention.proj(attend(query, key, value, attention.num_heads))
     return x + block.mlp(block.norm2(x))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fewmask.report.reading import Record
@@ -27,8 +28,9 @@ def student(record: Record) -> dict[str, Any] | None:
     for split in sorted(splits, key=lambda name: name != "test"):
         figures = splits[split]
         for key, label, digits in SCORES:
-            both = [_part(figures, side).get(key) for side in ("teacher", "student")]
-            rows.append(_row(f"{label}, {split_name(split).lower()}", *both, lambda v, d=digits: fixed(v, d)))
+            first, second = (_part(figures, side).get(key) for side in ("teacher", "student"))
+            shown = partial(fixed, digits=digits)
+            rows.append(_row(f"{label}, {split_name(split).lower()}", first, second, shown))
     known = [row for row in rows if NONE not in (row["teacher"], row["student"])]
     return {"sentence": _sentence(splits), "rows": known}
 

@@ -71,7 +71,7 @@ def test_the_encoder_given_is_the_encoder_used():
 @pytest.mark.parametrize(
     ("encoder", "segmenter", "settings", "sentence"),
     [
-        ("vit_tiny_patch16", "unet", {}, "'unet' needs a CNN .* a vit: choose model.segmenter='transunet'"),
+        ("vit_tiny_patch16", "unet", {}, "'unet' needs a CNN of timm, which .* is not: .* 'transunet' for a ViT"),
         ("resnet18", "transunet", {}, "'transunet' needs a ViT .* a cnn: choose model.segmenter='unet'"),
         ("resnet18", "unett", {}, "no segmenter named 'unett'. Did you mean 'unet'"),
         (
