@@ -7,7 +7,8 @@ split. Arms are compared image by image, averaged over the seeds. A finished run
     python benchmarks/continued_pretraining.py DATA --manifest manifest_isic2017.csv --unlabelled HAM10000 --out RUNS \\
         --arm simmim --arm "dino pretrain.lr=6e-5" --fractions 0.01 0.1 --seeds 3
 
-An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart ("slow:dino pretrain.lr=1e-5").
+An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
+("slow:dino pretrain.lr=1e-5").
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-BEGIN, END = "<!-- results: made by benchmarks/summary.py -->", "<!-- end of results -->"
+BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
 def figure(value: dict[str, Any], digits: int = 3) -> str:
@@ -35,18 +35,65 @@ def rows() -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Replace what stands between the two markers in the README."""
-    readme = HERE.parent / "README.md"
-    text = readme.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    table = [
+def runs() -> list[str]:
+    """Return the table of whole runs."""
+    return [
         "| 529 of 600 ISIC-2017 test images, centre-cropped | Dice (95 % interval) | HD95, px at 256x256 | missed | |",
         "|---|---|---|---|---|",
         *rows(),
     ]
-    readme.write_text(before + BEGIN + "\n" + "\n".join(table) + "\n" + END + after)
+
+
+def students() -> list[str]:
+    """Return the table of students, from every `reproduce boundary-distillation` there is."""
+    lines = [
+        "| student | masks | row | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results").glob("distillation_*.json")):
+        found = json.loads(path.read_text())
+        against = {
+            (d["row"], d["fraction"]): f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
+            for d in found["differences"]
+            if d["against"] == "alone" and d.get("metric", "dice") == "dice"
+        }
+        for cell in found["rows"]:
+            key = (cell["row"], cell["fraction"])
+            lines.append(
+                f"| {found['student']} | {100 * cell['fraction']:g} % | {cell['row']} | {figure(cell['dice'])} | "
+                f"{against.get(key, '')} | {cell['hd95_256']['mean']:.1f} | {len(cell['seeds'])} |"
+            )
+    return lines
+
+
+def continued() -> list[str]:
+    """Return the table of continued pre-training."""
+    lines = [
+        "| masks | pre-training | Dice (95 % interval) | against none, points | seeds |",
+        "|---|---|---|---|---|",
+    ]
+    for path in sorted((HERE / "results").glob("continued_*.json")):
+        found = json.loads(path.read_text())
+        for cell in found["cells"]:
+            paired = [d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], cell["fraction"])]
+            difference = "".join(
+                f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})" for d in paired
+            )
+            masks = f"{100 * cell['fraction']:g} %"
+            lines.append(f"| {masks} | {cell['arm']} | {figure(cell['dice'])} | {difference} | {len(cell['seeds'])} |")
+    return lines
+
+
+def main() -> None:
+    """Replace what stands between each pair of markers in the README."""
+    readme = HERE.parent / "README.md"
+    text = readme.read_text()
+    for name, made in (("results", runs()), ("students", students()), ("continued", continued())):
+        begin, end = BEGIN.format(name), END.format(name)
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = before + begin + "\n" + "\n".join(made) + "\n" + end + after
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ class RunSection(Section):
 class DataSection(Section):
     """Which images are used, how they are split where the manifest does not say, and the licence the model tells.
 
-    With `num_folds`, the manifest says no split, and the patients of fold number `fold` are the test split. `label_seed`
-    draws the masks of `label_fraction`, `run.seed` where it is not given: several seeds may so learn from the same.
+    With `num_folds`, the manifest says no split, and the patients of fold number `fold` are the test split. The masks
+    of `label_fraction` are drawn by `label_seed`, by `run.seed` without it: so several seeds may learn from the same.
     """
 
     root: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from fewmask.commands.predictions import predict_all
-from fewmask.commands.prepare import Prepared
+from fewmask.commands.prepare import Prepared, cache_folder
 from fewmask.commands.select import SELECTION, chosen_folders
 from fewmask.commands.stages import finish, objective_for
 from fewmask.config import DistillSection, Recipe
@@ -26,7 +27,6 @@ from fewmask.evaluate.validation import Validation
 from fewmask.models import Segmenter, load_model
 from fewmask.types import UserError
 
-PREDICTIONS = "predictions.npy"
 TEACHER_STAGES = ("finetune", "distill")
 
 
@@ -52,24 +52,33 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]
     objective = objective_for("distill", recipe, recipe.student.weights, teachers=models)
-    once = partial(remember, stage, recipe, data, models) if section.predict_once else None
+    once = partial(remember, run, recipe, data, files, models) if section.predict_once else None
     loader = stream(recipe, section, data, once)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
     facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
     facts |= {"num_labelled": len(data.labelled), "weights": recipe.student.weights, "excluded": data.excluded}
     finish(stage, path, product, section, objective, loader, facts)
-    (stage.folder / PREDICTIONS).unlink(missing_ok=True)
     return path
 
 
 def remember(
-    stage: Stage, recipe: Recipe, data: Prepared, teachers: Sequence[Segmenter], indices: Sequence[int]
+    run: Run,
+    recipe: Recipe,
+    data: Prepared,
+    files: Sequence[Path],
+    teachers: Sequence[Segmenter],
+    indices: Sequence[int],
 ) -> np.ndarray:
-    """Return what the teachers say of the images, from the stage's folder where they were asked before."""
-    device = accelerator_for(recipe.run).device
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(recipe.run))
-    return predict_all(stage.folder / PREDICTIONS, teachers, data.dataset, indices, recipe.model.size, device, half)
+    """Return what the teachers say of the images, from the cache folder where the same were asked before."""
+    precision, size = resolve_precision(recipe.run), recipe.model.size
+    known = f"{run.info['data']['fingerprint']}/{size}/{precision}/{sorted(indices)}"
+    digest = hashlib.blake2b(known.encode(), digest_size=12)
+    for file in files:
+        digest.update(file.read_bytes())
+    path = cache_folder(recipe) / "predictions" / f"{digest.hexdigest()}.npy"
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return predict_all(path, teachers, data.dataset, indices, size, accelerator_for(recipe.run).device, half)
 
 
 def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callable[..., np.ndarray] | None) -> Stream:

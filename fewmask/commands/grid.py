@@ -12,6 +12,7 @@ from typing import Any
 
 from fewmask.auxiliary import AUXILIARY
 from fewmask.commands.jobs import Job
+from fewmask.commands.select import candidates
 from fewmask.commands.tables import TABLES, Ensemble, MultiTask, Pretrained, Row, Single, Student, Table, Teacher
 from fewmask.config import Recipe, SelectSection, load_recipe, parse_time
 from fewmask.registry import build, choose
@@ -215,12 +216,16 @@ class Order:
             return (), self.grid.teachers
         return self.jobs(TEACHER, fraction, seed), (self.folder(TEACHER, fraction, seed),)
 
+    def seeds_folder(self, fraction: float, seed: int) -> Path:
+        """Return the folder of a cell's plain networks but the first."""
+        return self.out / "seeds" / f"{fraction:g}-{seed}"
+
     def plain_networks(self, fraction: float, seed: int) -> tuple[Job, ...]:
         """Return the trainings of as many plain networks as there are tasks, each of its own seed, on the same masks.
 
         The first is that of the row without any task.
         """
-        folder = self.out / "seeds" / f"{fraction:g}-{seed}"
+        folder = self.seeds_folder(fraction, seed)
         recipes = [self.finetune_recipe(fraction, seed, number) for number in range(1, len(self.selects.tasks))]
         others = (Job(folder / str(recipe.run.seed), "finetune", recipe, scored=False) for recipe in recipes)
         return *self.jobs(PLAIN, fraction, seed), *others
@@ -317,6 +322,8 @@ def place_order(
     if what.distils:
         load_recipe(grid.student).stage("distill")  # before settings are written into a section it may not have
     order = Order(table, budget, grid, out, data, manifest, tuple(unlabelled), tuple(settings))
+    if what.selects:
+        list(candidates(order.selects))  # a wrong task is told at once
     for name in grid.rows:
         if choose(what.rows, name, f"row in {table}") and name not in order.rows:
             raise UserError(f"grid.rows holds '{name}', which select.tasks or select.modes leaves out; add it there.")

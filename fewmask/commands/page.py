@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 SETS = ("test", "unseen")
-METRIC_TITLES = {"dice": "Dice", "boundary_iou": "boundary IoU"}
+METRIC_TITLES = {"dice": "Dice", "boundary_iou": "boundary IoU", "dice_positives": "Dice, lesions"}
+APART_TITLES = {
+    "dice_positives": "Dice, lesions (95 %)",
+    "detection_sensitivity": "found (95 %)",
+    "detection_specificity": "left empty (95 %)",
+}
+"""Where some images have no lesion: see `table.describe_cell`."""
 Found = Mapping[str, Any]
 
 
@@ -18,6 +24,7 @@ def markdown(table: Found) -> str:
         lines += _rows_text(table, name)
     for metric in dict.fromkeys(found["metric"] for found in table["differences"]):
         lines += _differences_text(metric, [found for found in table["differences"] if found["metric"] == metric])
+    lines += _networks_text(table["networks"])
     lines += _costs_text(table["costs"])
     lines += _trainings_text("Pre-training", table["pretraining"])
     first = [done for done in table["distillation"] if done["seed"] == 0]
@@ -41,7 +48,7 @@ def _rows_text(table: Found, name: str) -> list[str]:
     if not rows and (name != "test" or not table["not_run"]):
         return []
     title = "Test images" if name == "test" else f"Unseen data: {table['unseen'].get('name', 'unseen')}"
-    columns = _columns(table)
+    columns = _columns(table, any(metric in row for row in rows for metric in APART_TITLES))
     lines = ["", f"## {title}" + (f" ({rows[0]['num_cases']})" if rows else ""), "", *_head(columns)]
     lines += [_line([_cell(row, column) for column in columns]) for row in rows]
     if name == "test":
@@ -50,14 +57,15 @@ def _rows_text(table: Found, name: str) -> list[str]:
     return lines
 
 
-def _columns(table: Found) -> list[str]:
+def _columns(table: Found, some_empty: bool) -> list[str]:
     """Return the titles of the columns; those of the paper's figures only where it gives any."""
+    apart = list(APART_TITLES.values()) if some_empty else []
     paper = ["paper"] if table["published"] else []
     named = [f"{METRIC_TITLES[metric]} (95 %)" for metric in table["columns"]]
     return [
         "row", "masks", "seeds", "Dice (95 %)", "Dice 256", *(f"{text} Dice" for text in paper), "IoU (95 %)",
         "IoU 256", *(f"{text} IoU" for text in paper), "HD95 256, px", *(f"{text} HD95" for text in paper), *named,
-        "missed",
+        *apart, "missed",
     ]  # fmt: skip
 
 
@@ -78,7 +86,8 @@ def _cell(row: Found, column: str) -> str:
     }
     if column in shown:
         return shown[column]
-    metric = next(metric for metric, title in METRIC_TITLES.items() if column == f"{title} (95 %)")
+    titles = {**APART_TITLES, **{metric: f"{title} (95 %)" for metric, title in METRIC_TITLES.items()}}
+    metric = next(metric for metric, title in titles.items() if column == title)
     return _figure(row[metric])
 
 
@@ -90,6 +99,21 @@ def _differences_text(metric: str, differences: Sequence[Found]) -> list[str]:
         difference = f"{100 * found['difference']:+.2f}{between}"
         share, p = _percent(found["fraction"]), f"{found['p_value']:.2g}"
         lines.append(_line([found["set"], found["row"], found["against"], share, difference, p]))
+    return lines
+
+
+def _networks_text(networks: Sequence[Found]) -> list[str]:
+    if not networks:
+        return []
+    titles = ["network", "masks", "trained", "validation Dice", "chosen", "seconds"]
+    lines = ["", "## Single networks, and which of the candidates were chosen", "", *_head(titles)]
+    for name, fraction in dict.fromkeys((found["network"], found["fraction"]) for found in networks):
+        same = [found for found in networks if (found["network"], found["fraction"]) == (name, fraction)]
+        validation, seconds = (sum(found[key] for found in same) / len(same) for key in ("validation", "seconds"))
+        chosen = sum(found["chosen"] for found in same)
+        lines.append(_line([
+            name, _percent(fraction), len(same), f"{100 * validation:.2f}", chosen or "", f"{seconds:.0f}",
+        ]))  # fmt: skip
     return lines
 
 

@@ -36,6 +36,7 @@ def predict_all(
     there: it appears in one step, when it is complete. With `half`, the teachers work in that precision.
     """
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         side = dataset.images.shape[1]
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shape = (len(dataset.images), side, side)

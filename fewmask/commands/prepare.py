@@ -52,7 +52,7 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     cases = load_cases(settings.root, Path(settings.manifest) if settings.manifest else None, settings.unlabelled)
     facts = _facts(cases, settings)
     run.compare_data(facts)
-    found = audited(run.folder / "audit.json", cases, facts["fingerprint"], _cache_folder(recipe))
+    found = audited(run.folder / "audit.json", cases, facts["fingerprint"], cache_folder(recipe))
     run.record_data(facts)  # only now: data that were found faulty are to be mended, and may then differ
     linked = [(a, b) for a, b, _ in found["duplicates"]]
     if settings.num_folds or settings.fold:
@@ -122,12 +122,13 @@ def audited(path: Path, cases: Sequence[Case], print_: str, memory: Path | None 
 def cached(cases: Sequence[Case], recipe: Recipe) -> CachedDataset:
     """Return the decoded cache of the cases at the recipe's size, built where it does not exist yet."""
     line = Progress("cache")
-    dataset = build_cache(cases, recipe.model.size, _cache_folder(recipe), on_progress=line.count)
+    dataset = build_cache(cases, recipe.model.size, cache_folder(recipe), on_progress=line.count)
     line.close(f"{len(cases)} images decoded", only_if_shown=True)
     return dataset
 
 
-def _cache_folder(recipe: Recipe) -> Path:
+def cache_folder(recipe: Recipe) -> Path:
+    """Return where decoded images, audits and teachers' predictions are kept for later runs."""
     return recipe.data.cache or default_cache_folder()
 
 

@@ -17,11 +17,17 @@ from fewmask.commands.table import Scene, measure
 from fewmask.commands.tables import Pretrained, Student
 from fewmask.data.contents import content_hashes, fingerprint
 from fewmask.data.manifest import load_cases
+from fewmask.data.splits import hold_out_fold
 from fewmask.engine.run import is_main, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
 
-_PRETRAINED_PLAN = ("pretrain_time", "finetune_time", "pretrain_seeds")
+# What of the grid a folder's runs must have in common, by kind of table.
+PLANS = {
+    "pretrained": ("pretrain_time", "finetune_time", "pretrain_seeds"),
+    "distilled": ("finetune_time", "distill_time", "student"),
+    "two-stage": ("train_time", "distill_time", "student", "folds"),
+}
 
 
 def reproduce(
@@ -68,10 +74,15 @@ def run_cell(order: Order, cell: Cell, unseen: Sequence[Case], left_out: dict[st
         return
     for job in order.jobs(*cell):
         try:
+            # A selection serves many rows of a cell: it is not tried again for each.
+            if job.verb == "select" and (known := left_out.get(cell_names("selection", *cell[1:])[1])):
+                raise NotTrainedError(f"its cell's selection ended: {known}")
             run_job(job, unseen)
         except NotTrainedError as error:
             # A pre-training serves all cells of a row, a distillation one cell alone.
             name = row if job.verb == "pretrain" else cell_names(*cell)[1]
+            if job.verb == "select":
+                left_out.setdefault(cell_names("selection", *cell[1:])[1], str(error))
             left_out[name] = str(error)
             Progress(name).close(f"not run: {error}")
             return
@@ -81,12 +92,16 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
     """Return what the table must tell of the data, and the unseen cases to score.
 
     Raises a UserError where the data are missing or do not say which images are for test, or where a teacher that was
-    given has learnt from one of those. A validation split that nobody gave is drawn, the same for all runs.
+    given has learnt from one of those. A validation split that nobody gave is drawn, the same for all runs. With folds,
+    which are for data without splits, every image is a test image once.
     """
     cases = load_cases(order.data, Path(order.manifest) if order.manifest else None, order.unlabelled)
     masked = [case for case in cases if case.mask is not None]
     missing = [split for split in ("val", "test") if split not in {case.split for case in masked}]
-    if "test" in missing:
+    if order.grid.folds:
+        hold_out_fold(cases, order.grid.folds, 0)  # splits that are there, or too few patients, are told at once
+        masked = [case.in_split("test") for case in masked]
+    elif "test" in missing:
         raise UserError(
             f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored "
             "on the same images, so fill the manifest's column 'split', or give another --manifest."
@@ -110,7 +125,8 @@ def _not_to_run(order: Order, cases: Sequence[Case]) -> dict[str, str]:
             reasons[name] = (
                 f"the training images are of {len(labels)} classes by the manifest's column 'label', and it takes two"
             )
-        if isinstance(row, Student) and row.unlabelled and all_masked and 1.0 in order.fractions:
+        needs_others = isinstance(row, Student) and row.unlabelled and row.learns_from == "teacher"
+        if needs_others and all_masked and 1.0 in order.fractions:
             reasons[cell_names(name, 1.0, 0)[0]] = "no training image is without a mask; name some with --unlabelled"
     return reasons
 
@@ -146,11 +162,10 @@ def remember(order: Order, scene: Scene) -> None:
 
     Rows, fractions and seeds may be added later, and so may the unseen data; every run checks its own settings.
     """
-    names = ("finetune_time", "distill_time", "student") if order.what.distils else _PRETRAINED_PLAN
     plan = {
         "table": order.table,
         "budget": order.budget,
-        **{f"grid.{name}": getattr(order.grid, name) for name in names},
+        **{f"grid.{name}": getattr(order.grid, name) for name in PLANS[order.what.kind]},
         **scene.fingerprints,
     }
     path = order.out / "plan.json"

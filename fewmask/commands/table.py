@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewmask.commands.cost import known_costs
-from fewmask.commands.grid import TEACHER, Order, cells
+from fewmask.commands.grid import EQUAL_WEIGHT, PLAIN, TEACHER, Order, cells
 from fewmask.commands.jobs import scored, stage_facts
 from fewmask.commands.page import SETS
 from fewmask.commands.papers import PAPERS, Paper, deviations
-from fewmask.commands.tables import Student
+from fewmask.commands.select import SELECTION
+from fewmask.commands.tables import MultiTask, Student
 from fewmask.config import Recipe
 from fewmask.engine.run import read_json
 from fewmask.evaluate.results import Row
@@ -26,6 +29,12 @@ NUM_BOOTSTRAP = 2000
 STAGE_TITLES = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "distill": "Distillation"}
 FACTS = ("epochs", "steps", "seconds", "num_images", "batch_size", "device", "precision")
 BySeed = dict[int, list[Row]]
+# Beside the means over all images, where some have no lesion: a model that predicts nothing is right on those.
+APART: dict[str, Callable[[Row], float]] = {
+    "dice_positives": lambda row: np.nan if row["empty_truth"] else float(row["dice"]),
+    "detection_sensitivity": lambda row: np.nan if row["empty_truth"] else float(not row["empty_prediction"]),
+    "detection_specificity": lambda row: float(row["empty_prediction"]) if row["empty_truth"] else np.nan,
+}
 
 STATEMENTS = (
     "Figures are means over images and seeds, at the masks' own size but for those marked 256 (at 256x256 pixels). "
@@ -63,42 +72,71 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         results = _results(order, name, left_out)
         for (row, fraction), by_seed in results.items():
             theirs = paper.figures.get(name, {}).get(row, {}).get(fraction)
-            cell = describe_cell(by_seed, order.what.columns)
+            cell = describe_cell(by_seed, order.what.columns, _is_pooled(order, name))
             rows.append({"set": name, "row": row, "fraction": fraction, **cell, "paper": theirs})
-        differences += [{"set": name, **found} for found in _differences(order, results)]
+        differences += [{"set": name, **found} for found in _differences(order, results, _is_pooled(order, name))]
     trainings, distillations = _trainings(order, left_out), _distillations(order, left_out)
     learnt = [*trainings, *distillations]
     return {
         "table": order.table, "title": paper.title, "budget": order.budget, "published": bool(paper.figures),
         "columns": list(order.what.columns), "rows": rows, "differences": differences, "not_run": dict(left_out),
         "costs": known_costs(order.out), "losses": _losses(order), "pretraining": trainings,
-        "distillation": distillations, "unseen": dict(scene.unseen),
+        "distillation": distillations, "networks": _networks(order), "unseen": dict(scene.unseen),
         "excluded": learnt[0]["excluded"] if learnt else None, "duplicates": _duplicates(order, scene),
-        "deviations": _all_deviations(order, scene, trainings, left_out), "statements": list(STATEMENTS),
+        "deviations": _all_deviations(order, scene, trainings, left_out),
+        "statements": [*STATEMENTS, *_statements(order, rows)],
     }  # fmt: skip
 
 
-def describe_cell(by_seed: BySeed, columns: Sequence[str] = ()) -> dict[str, Any]:
+def _is_pooled(order: Order, name: str) -> bool:
+    """Return whether each seed scored other images of a data set: those of its fold."""
+    return name == "test" and order.grid.folds > 0
+
+
+def describe_cell(by_seed: BySeed, columns: Sequence[str] = (), pooled: bool = False) -> dict[str, Any]:
     """Return the figures of one cell from its rows per seed, ready for JSON; `columns` are metrics beside the usual.
 
     Each metric has "mean", "low" and "high" (None with one patient) and "per_seed". The interval is that of the mean
-    over cases and seeds when groups and seeds are drawn with replacement. "missed" is a mean over the seeds.
+    over cases and seeds when groups and seeds are drawn with replacement. "missed" is a mean over the seeds. If
+    `pooled`, the seeds have other cases each, which count as those of one model. Where some truths are empty, "empty"
+    is their number, "dice_positives" is over the other cases, and "detection_sensitivity" and "detection_specificity"
+    are the shares of lesions with a predicted pixel and of empty truths without one.
     """
-    tables = _aligned(list(by_seed.values()))
-    groups, figures = group_indices(tables[0]), {}
-    for metric in (*SHOWN, *columns):
-        values = np.array([[row[metric] for row in rows] for rows in tables], dtype=float).T
-        rng = np.random.default_rng(0)
-        replicates = bootstrap_means(values, groups, NUM_BOOTSTRAP, rng)
-        drawn = rng.integers(0, len(tables), replicates.shape)
-        low, high = None, None
-        if groups.max() > 0:
-            low, high = interval(np.take_along_axis(replicates, drawn, axis=1).mean(axis=1))
-        means = np.nanmean(values, axis=0)
-        figures[metric] = {"mean": float(means.mean()), "low": low, "high": high, "per_seed": means.tolist()}
+    tables = [_pool(by_seed, list(by_seed))] if pooled else _aligned(list(by_seed.values()))
+    groups, num_empty = group_indices(tables[0]), sum(bool(row.get("empty_truth")) for row in tables[0])
+    values: dict[str, Callable[[Row], float]] = {metric: itemgetter(metric) for metric in (*SHOWN, *columns)}
+    if 0 < num_empty < len(tables[0]):
+        values |= APART
+    figures = {metric: _figure(tables, groups, value) for metric, value in values.items()}
+    if pooled:
+        for metric, value in values.items():
+            figures[metric]["per_seed"] = [_mean([value(row) for row in rows]) for rows in by_seed.values()]
     missed = float(np.mean([sum(bool(row["missed"]) for row in rows) for rows in tables]))
-    sizes = {"num_cases": len(tables[0]), "num_groups": int(groups.max()) + 1}
+    sizes = {"num_cases": len(tables[0]), "num_groups": int(groups.max()) + 1, "empty": num_empty}
     return {"seeds": list(by_seed), **sizes, "missed": missed, **figures}
+
+
+def _figure(tables: Sequence[Sequence[Row]], groups: Any, value: Callable[[Row], float]) -> dict[str, Any]:
+    values = np.array([[value(row) for row in rows] for rows in tables], dtype=float).T
+    rng = np.random.default_rng(0)
+    replicates = bootstrap_means(values, groups, NUM_BOOTSTRAP, rng)
+    drawn = rng.integers(0, len(tables), replicates.shape)
+    low, high = None, None
+    if groups.max() > 0:
+        low, high = interval(np.take_along_axis(replicates, drawn, axis=1).mean(axis=1))
+    means = np.nanmean(values, axis=0)
+    return {"mean": float(means.mean()), "low": low, "high": high, "per_seed": means.tolist()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Return the mean of the values that are defined, None where none is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
+
+
+def _pool(by_seed: BySeed, seeds: Sequence[int]) -> list[Row]:
+    """Return the rows of all folds, by name."""
+    return sorted((row for seed in seeds for row in by_seed[seed]), key=lambda row: row["name"])
 
 
 def average_seeds(by_seed: BySeed, seeds: Sequence[int]) -> list[Row]:
@@ -127,14 +165,19 @@ def _results(order: Order, name: str, left_out: Mapping[str, str]) -> dict[tuple
     return {cell: by_seed for cell, by_seed in found.items() if by_seed}
 
 
-def _differences(order: Order, results: Mapping[tuple[str, float], BySeed]) -> Iterator[dict[str, Any]]:
+def _differences(order: Order, results: Mapping[tuple[str, float], BySeed], pooled: bool) -> Iterator[dict[str, Any]]:
+    join = _pool if pooled else average_seeds
     for (row, fraction), by_seed in results.items():
         for reference in _compared_with(order, row):
             against = results.get((reference, fraction), {})
             seeds = sorted(by_seed.keys() & against.keys())
-            for metric in order.what.compared if seeds else ():
-                found = compare(average_seeds(by_seed, seeds), average_seeds(against, seeds), metric)
-                yield {"row": row, "against": reference, "fraction": fraction, "seeds": seeds, **found}
+            about = {"row": row, "against": reference, "fraction": fraction, "seeds": seeds}
+            pair = [join(side, seeds) for side in (by_seed, against)] if seeds else []
+            for metric in order.what.compared if pair else ():
+                yield {**about, **compare(*pair, metric)}
+            lesions = [[case for case in side if not case["empty_truth"]] for side in pair]
+            if pair and 0 < len(lesions[0]) < len(pair[0]):
+                yield {**about, **compare(*lesions, "dice"), "metric": "dice_positives"}
 
 
 def _compared_with(order: Order, row: str) -> list[str]:
@@ -164,6 +207,32 @@ def _distillations(order: Order, left_out: Mapping[str, str]) -> list[dict[str, 
             labelled = facts["num_labelled"]
             found.append({"row": row, "fraction": fraction, "seed": seed, "num_labelled": labelled, **_facts(facts)})
     return found
+
+
+def _networks(order: Order) -> list[dict[str, Any]]:
+    """Return every single network of a two-stage table that is finished: how it was chosen and how long it took."""
+    found: list[dict[str, Any]] = []
+    for fraction, seed in [(fraction, seed) for seed in range(order.grid.seeds) for fraction in order.fractions]:
+        selected = order.selection(fraction, seed)
+        path = selected / SELECTION
+        chosen = set(read_json(path)["chosen"].values()) if path.exists() else set()
+        for name, folder in _single_folders(order, fraction, seed):
+            facts = [done for stage in ("pretrain", "finetune") if (done := stage_facts(folder, stage)) is not None]
+            if facts and facts[-1]["stage"] == "finetune":
+                seconds, validation = sum(done["seconds"] for done in facts), facts[-1]["best_score"]
+                about = {"network": name, "fraction": fraction, "seed": seed, "chosen": folder.name in chosen}
+                found.append({**about, "validation": validation, "seconds": seconds, "epochs": facts[-1]["epochs"]})
+    return found
+
+
+def _single_folders(order: Order, fraction: float, seed: int) -> list[tuple[str, Path]]:
+    """Return the name and folder of each single network of a two-stage cell, done or not; of other tables none."""
+    if not order.what.selects:
+        return []
+    rows = [PLAIN, *(name for name, row in order.rows.items() if isinstance(row, MultiTask))]
+    found = [(row, order.folder(row, fraction, seed)) for row in rows]
+    found += [(path.name, path) for path in sorted(order.selection(fraction, seed).glob("candidates/*"))]
+    return found + [("another seed", path) for path in sorted(order.seeds_folder(fraction, seed).glob("*"))]
 
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,6 +291,7 @@ def _epochs(order: Order, stage: str, left_out: Mapping[str, str]) -> list[float
     if order.what.distils:  # a teacher serves students where it has no row of its own
         places += [(TEACHER, fraction, seed) for _, fraction, seed in places]
     folders = {order.folder(*place) for place in places}
+    folders |= {path for _, fraction, seed in places for _, path in _single_folders(order, fraction, seed)}
     return [facts["epochs"] for folder in folders if (facts := stage_facts(folder, stage)) is not None]
 
 
@@ -232,10 +302,10 @@ def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequen
         yield f"Pre-training data: the paper has {paper.data['pretrain']}, here images of {folders}: {used}."
     num = Counter(scene.splits.values())
     name = f"{order.data.resolve().name}{f' ({order.manifest})' if order.manifest else ''}"
-    yield (
-        f"Fine-tuning data: the paper has {paper.data['finetune']}, here {num['train']} / "
-        f"{num['val'] or 'a share of these'} / {num['test']} images of {name}."
-    )
+    here = f"{num['train']} / {num['val'] or 'a share of these'} / {num['test']} images of {name}"
+    if order.grid.folds:
+        here = f"{len(scene.splits)} images of {name} in {order.grid.folds} folds by patient"
+    yield f"Fine-tuning data: the paper has {paper.data['finetune']}, here {here}."
     if scene.unseen:
         facts = scene.unseen
         yield (
@@ -247,6 +317,10 @@ def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequen
 
 
 def _seeds(order: Order, paper: Paper) -> Iterator[str]:
+    if order.what.selects:
+        each = "one for each fold" if order.grid.folds else f"{order.grid.seeds}, which draw the masks anew"
+        yield f"Seeds: the paper's are {paper.seeds}; here {each}."
+        return
     if order.what.distils:
         who = "a student" if order.grid.teachers else "a cell's teacher and of each of its students"
         yield f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of {who}, which draw the masks anew."
@@ -255,4 +329,52 @@ def _seeds(order: Order, paper: Paper) -> Iterator[str]:
     yield (
         f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of fine-tuning a cell, which draw the masks "
         f"anew, and {order.grid.pretrain_seeds} of pre-training a row{again}."
+    )
+
+
+def _statements(order: Order, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what else a reader must know of this table."""
+    if order.grid.folds:
+        yield (
+            f"The data have no split: their patients are dealt to {order.grid.folds} folds, seed k tests fold k, and "
+            "what it tests, no network of that seed has seen; its validation images are drawn from the other folds. So "
+            "each image is tested once: figures of the test images are means over all images of all folds, intervals "
+            "draw patients alone, and differences pair the same image in two rows."
+        )
+    if any(row["empty"] for row in rows):
+        yield (
+            "Some images have no lesion; their Dice is 1 where nothing is predicted and 0 elsewhere, and so the mean "
+            "over all rewards a model that predicts nothing. 'Dice, lesions' is over the images with a lesion; "
+            "'found' is the share of these with any predicted pixel, 'left empty' that of the others with none."
+        )
+    if order.what.selects:
+        yield from _two_stage_statements(order)
+
+
+def _two_stage_statements(order: Order) -> Iterator[str]:
+    section, apart = order.selects, [task for task in order.selects.tasks if task not in order.joint_tasks]
+    weights = ", ".join(f"{weight:g}" for weight in section.weights)
+    yield (
+        f"A cell's selection trains each of {', '.join(section.tasks)} in each mode ({', '.join(section.modes)}). Row "
+        f"joint-TASK has the weight among {weights} with the highest validation Dice; best-single is the candidate "
+        "with the highest of all; ensemble and distilled have each task in its better mode. No test image has a part."
+    )
+    if order.grid.train_time == "none":
+        yield "Every training did its epochs: a network that was pre-trained first was trained for longer than others."
+    else:
+        yield (
+            f"Every single network was trained for {order.grid.train_time}, a pre-training and its fine-tuning "
+            f"together, and every student for {order.grid.distill_time}. Finding the rows of a selection took the time "
+            "of all its candidates."
+        )
+    left = (
+        f"; {', '.join(apart)}, which needs masks, would take the images without one from the others" if apart else ""
+    )
+    yield (
+        f"Rows uniform and pcgrad train jointly with {', '.join(order.joint_tasks) or 'no task'}, each loss with the "
+        f"weight {EQUAL_WEIGHT:g}{left}."
+    )
+    yield (
+        f"Rows five-seeds-...: here {len(section.tasks)} networks without any task, as many as a selection chooses, on "
+        "the same masks and unlike in their seed alone; the first is row plain's."
     )

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fewmask.commands.distillation import find_teachers, lost_and_gained
+from fewmask.data.contents import default_cache_folder
 from fewmask.types import UserError
 from tests.commands.conftest import TINY
 
@@ -67,7 +68,7 @@ def test_every_image_that_may_be_learnt_from_takes_part(taught, drawn, tmp_path,
     assert every["num_images"] == labelled["num_labelled"] + 8  # the drawn images without a mask
 
 
-def test_predictions_made_once_are_learnt_from_and_then_dropped(taught, drawn, tmp_path, fewmask):
+def test_predictions_made_once_are_learnt_from_and_kept_for_the_next_student(taught, drawn, tmp_path, fewmask):
     words = (
         "data.root=" + str(drawn), f'distill.teachers=["{taught}"]', *STUDENT, "distill.predict_once=true",
         "distill.method.losses={}", "distill.method.pseudo_weight=1.0",
@@ -75,9 +76,12 @@ def test_predictions_made_once_are_learnt_from_and_then_dropped(taught, drawn, t
     out = tmp_path / "once"
     code, _, err = fewmask("distill", "tiny_unet", *words, f"run.out={out}")
     assert code == 0, err
-    assert not (out / "distill" / "predictions.npy").exists()
+    kept = {path: path.stat().st_mtime_ns for path in (default_cache_folder() / "predictions").iterdir()}
+    assert len(kept) == 1
     logged = [json.loads(line) for line in (out / "distill" / "log.jsonl").read_text().splitlines()]
     assert any(line.get("pseudo", 0) > 0 for line in logged)
+    assert fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'other'}", "distill.lr=0.01")[0] == 0
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
 @pytest.mark.parametrize(

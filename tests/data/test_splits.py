@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fewmask.data.manifest import load_cases
-from fewmask.data.splits import assign_splits, label_subset
+from fewmask.data.splits import assign_folds, assign_splits, hold_out_fold, label_subset
 from fewmask.types import Case, UserError
 from tests.data.conftest import make_case
 
@@ -194,3 +194,80 @@ def test_lesions_of_ham10000_stay_together_and_diagnoses_are_balanced():
     for label, num in labels.items():
         share = sum(case.label == label and case.split == "test" for case in cases) / num
         assert abs(share - 0.15) < 0.03, label
+
+
+@given(cases=case_lists, linked=links, num_folds=st.integers(2, 6), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_each_group_is_in_one_fold_and_no_fold_is_empty(cases, linked, num_folds, seed):
+    try:
+        folds = assign_folds(cases, num_folds, seed, linked)
+    except UserError:
+        assume(len({case.group for case in cases if case.mask is not None}) - len(linked) >= num_folds)
+        raise
+    assert folds.keys() == {case.name for case in cases if case.mask is not None}
+    assert set(folds.values()) == set(range(num_folds))
+    groups: dict[str, set] = {}
+    for case in cases:
+        if case.mask is not None:
+            groups.setdefault(case.group, set()).add(folds[case.name])
+    assert all(len(found) == 1 for found in groups.values())
+    for a, b in linked:
+        if a in folds and b in folds:
+            assert folds[a] == folds[b]
+    shuffled = random.Random(seed).sample(cases, len(cases))
+    assert assign_folds(shuffled, num_folds, seed, linked) == folds
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=6, max_size=30), num_folds=st.integers(2, 6), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_folds_differ_by_no_more_than_the_largest_group(sizes, num_folds, seed):
+    cases = [make_case(f"c{g}_{n}", group=f"g{g}") for g, size in enumerate(sizes) for n in range(size)]
+    found = Counter(assign_folds(cases, num_folds, seed).values())
+    assert max(found.values()) - min(found.values()) <= max(sizes)
+
+
+@given(num=st.integers(20, 150), num_folds=st.integers(2, 5), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_labels_are_spread_over_the_folds(num, num_folds, seed):
+    cases = [make_case(f"c{n}", label="rare" if n % 4 == 0 else "common") for n in range(num)]
+    folds = assign_folds(cases, num_folds, seed)
+    for label in ("rare", "common"):
+        found = Counter(folds[case.name] for case in cases if case.label == label)
+        assert max(found.values()) - min(found[fold] for fold in range(num_folds)) <= 2
+
+
+def test_every_image_is_held_out_by_one_fold_and_validation_is_drawn_from_the_others():
+    cases = [make_case(f"c{n}", group=f"g{n // 2}") for n in range(40)] + [make_case("u", mask=None)]
+    tested = []
+    for fold in range(5):
+        done = assign_splits(hold_out_fold(cases, 5, fold))
+        tested += [case.name for case in done if case.split == "test"]
+        assert counts(done) == {"train": 28, "val": 4, "test": 8}
+        assert split_of(done)["u"] is None
+    assert sorted(tested) == sorted(case.name for case in cases if case.mask is not None)
+    assert assign_folds(cases, 5, 0) != assign_folds(cases, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_folds", "fold", "message"),
+    [(5, 5, "data.fold is 5"), (0, 1, "there are 0 folds"), (1, 0, "at least 2"), (4, 0, "of 3 separate patients")],
+)
+def test_folds_that_cannot_be_are_told(num_folds, fold, message):
+    with pytest.raises(UserError, match=message):
+        hold_out_fold([make_case(name) for name in "abc"], num_folds, fold)
+
+
+def test_folds_of_data_with_splits_are_refused():
+    with pytest.raises(UserError, match=r"'b' in val.*data\.num_folds"):
+        hold_out_fold([make_case("a"), make_case("b", split="val"), make_case("c")], 2, 0)
+
+
+@pytest.mark.skipif(not (SHARED / "cxr_lungs").is_dir(), reason="the X-rays are not here")
+def test_patients_of_the_xrays_stay_together():
+    cases = load_cases(SHARED / "cxr_lungs")
+    folds = assign_folds(cases, 5, 0)
+    assert max(Counter(folds.values()).values()) - min(Counter(folds.values()).values()) <= 3
+    patients: dict[str, set] = {}
+    for case in cases:
+        patients.setdefault(case.group, set()).add(folds[case.name])
+    assert all(len(found) == 1 for found in patients.values())
