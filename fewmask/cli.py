@@ -218,8 +218,11 @@ def serve(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="g2ll-table1, g2ll-table2, tedmae or boundary-distillation.")],
-    data: Annotated[Path, typer.Option(help="Folder whose manifest gives every mask its split.")],
+    table: Annotated[str, typer.Argument(help="g2ll-table1, g2ll-table2, tedmae, boundary-distillation or two-stage.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Folder whose manifest gives every mask its split; two-stage also takes grid.folds=5."),
+    ],
     settings: Settings = None,
     manifest: Manifest = None,
     budget: Annotated[

@@ -84,10 +84,13 @@ class DataSection(Section):
 
 
 class StudentSection(Section):
-    """The network that the distill stage trains; it sees images of `model.size`."""
+    """The network that the distill stage trains; it sees images of `model.size`.
+
+    `weights` may also be "teacher": the first teacher's encoder, where student and teacher have the same one.
+    """
 
     encoder: str = "efficientnet_lite0"
-    weights: str = "packaged"
+    weights: str = "teacher"
     segmenter: str = "mobile_unet"
     encoder_settings: dict[str, Any] = {}
     segmenter_settings: dict[str, Any] = {}
@@ -96,6 +99,7 @@ class StudentSection(Section):
 class ModelSection(StudentSection):
     """The network: an encoder, where its weights come from, the segmenter around it, and the working size."""
 
+    weights: str = "packaged"
     segmenter: str = "unet"
     size: Annotated[int, Field(ge=16, le=2048)] = 128
 

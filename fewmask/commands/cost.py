@@ -11,6 +11,7 @@ import numpy as np
 from fewmask.commands.distillation import load_teacher
 from fewmask.commands.grid import TEACHER, Order, cells
 from fewmask.commands.jobs import model_files
+from fewmask.commands.select import SELECTION
 from fewmask.commands.tables import Student
 from fewmask.deploy.export import export_onnx
 from fewmask.deploy.latency import network_alone, time_calls
@@ -43,6 +44,10 @@ def teacher_files(order: Order) -> list[Path]:
     """Return the model files that teach one cell, none while no teacher is finished."""
     if order.grid.teachers:
         return model_files(order.grid.teachers)
+    if order.what.selects:
+        selected = (order.selection(fraction, seed) for _, fraction, seed in cells(order))
+        done = next((folder for folder in selected if (folder / SELECTION).exists()), None)
+        return model_files([done]) if done else []
     folders = (order.folder(TEACHER, fraction, seed) for _, fraction, seed in cells(order))
     return _first(folder / "finetune" for folder in folders) if order.what.distils else []
 

@@ -27,6 +27,7 @@ from fewmask.evaluate.validation import Validation
 from fewmask.models import Segmenter, load_model
 from fewmask.types import UserError
 
+FROM_TEACHER = "teacher"
 TEACHER_STAGES = ("finetune", "distill")
 
 
@@ -51,13 +52,14 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
         )
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]
-    objective = objective_for("distill", recipe, recipe.student.weights, teachers=models)
+    weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
+    objective = objective_for("distill", recipe, weights, teachers=models)
     once = partial(remember, run, recipe, data, files, models) if section.predict_once else None
     loader = stream(recipe, section, data, once)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
     facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
-    facts |= {"num_labelled": len(data.labelled), "weights": recipe.student.weights, "excluded": data.excluded}
+    facts |= {"num_labelled": len(data.labelled), "weights": weights, "excluded": data.excluded}
     finish(stage, path, product, section, objective, loader, facts)
     return path
 

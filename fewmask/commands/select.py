@@ -81,10 +81,8 @@ def recipe_of(recipe: Recipe, section: SelectSection, job: Candidate) -> Recipe:
 
 
 def train(run: Run, recipe: Recipe, data: Prepared, job: Candidate) -> None:
-    """Train a candidate in its own folder within the run, unless that is done."""
+    """Train a candidate in its own folder within the run, unless that is done; other settings raise a UserError."""
     folder = run.folder / "candidates" / job.name
-    if (folder / "finetune" / "stage.json").exists():
-        return
     budget = parse_time(recipe.run.time)
     share = recipe.stage("pretrain").share if job.mode == "pretrain" else 0.0
     with Run(folder, "select", recipe.resolved(), budget) as own, interruptible(own):

@@ -172,12 +172,16 @@ def _differences(order: Order, results: Mapping[tuple[str, float], BySeed], pool
             against = results.get((reference, fraction), {})
             seeds = sorted(by_seed.keys() & against.keys())
             about = {"row": row, "against": reference, "fraction": fraction, "seeds": seeds}
-            pair = [join(side, seeds) for side in (by_seed, against)] if seeds else []
-            for metric in order.what.compared if pair else ():
-                yield {**about, **compare(*pair, metric)}
-            lesions = [[case for case in side if not case["empty_truth"]] for side in pair]
-            if pair and 0 < len(lesions[0]) < len(pair[0]):
-                yield {**about, **compare(*lesions, "dice"), "metric": "dice_positives"}
+            ours, theirs = join(by_seed, seeds), join(against, seeds)
+            for metric in order.what.compared if seeds else ():
+                yield {**about, **compare(ours, theirs, metric)}
+            lesions, same = (_with_lesion(side) for side in (ours, theirs))
+            if 0 < len(lesions) < len(ours):
+                yield {**about, **compare(lesions, same), "metric": "dice_positives"}
+
+
+def _with_lesion(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if not row["empty_truth"]]
 
 
 def _compared_with(order: Order, row: str) -> list[str]:
@@ -367,14 +371,14 @@ def _two_stage_statements(order: Order) -> Iterator[str]:
             f"together, and every student for {order.grid.distill_time}. Finding the rows of a selection took the time "
             "of all its candidates."
         )
-    left = (
-        f"; {', '.join(apart)}, which needs masks, would take the images without one from the others" if apart else ""
-    )
-    yield (
-        f"Rows uniform and pcgrad train jointly with {', '.join(order.joint_tasks) or 'no task'}, each loss with the "
-        f"weight {EQUAL_WEIGHT:g}{left}."
-    )
-    yield (
-        f"Rows five-seeds-...: here {len(section.tasks)} networks without any task, as many as a selection chooses, on "
-        "the same masks and unlike in their seed alone; the first is row plain's."
-    )
+    if any(isinstance(row, MultiTask) for row in order.rows.values()):
+        left = f"; {', '.join(apart)}, which needs masks, would take from the others the images without one"
+        yield (
+            f"Rows uniform and pcgrad train jointly with {', '.join(order.joint_tasks)}, each loss with the weight "
+            f"{EQUAL_WEIGHT:g}{left if apart else ''}."
+        )
+    if any(name.startswith("five-seeds") for name in order.rows):
+        yield (
+            f"Rows five-seeds-...: here {len(section.tasks)} networks without any task, as many as a selection "
+            "chooses, on the same masks and unlike in their seed alone; the first is row plain's."
+        )

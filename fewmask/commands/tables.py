@@ -283,7 +283,7 @@ TABLES: dict[str, Table] = {
         columns=("boundary_iou",), compared=("dice", "boundary_iou"),
     ),
     "two-stage": Table(
-        _TWO_STAGE, references=("plain", "best-single"), budgets=TWO_STAGE_BUDGETS, finetune="two_stage",
+        _TWO_STAGE, references=("best-single", "plain"), budgets=TWO_STAGE_BUDGETS, finetune="two_stage",
         fractions=(0.1,),
     ),
 }  # fmt: skip

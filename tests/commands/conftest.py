@@ -10,12 +10,16 @@ import pytest
 from fewmask.__main__ import main
 from fewmask.data.synthetic import make_dataset
 
-# The smallest chain that goes through every stage.
+# The smallest chain that leaves a model.
 TINY = (
     "model.encoder=vit_tiny_patch16", "model.weights=none", "model.segmenter=transunet", "model.size=32",
     "pretrain.method.name=mae", "pretrain.epochs=1", "pretrain.min_epoch_steps=2", "pretrain.batch_size=4",
     "finetune.epochs=1", "finetune.min_epoch_steps=2", "finetune.batch_size=4", "run.device=cpu",
-    "student.encoder=tiny", "student.weights=none", "student.segmenter=tiny_unet",
+    "distill.epochs=0",
+)  # fmt: skip
+# The same with a student at its end.
+DISTILLING = (
+    *TINY[:-1], "student.encoder=tiny", "student.weights=none", "student.segmenter=tiny_unet",
     "distill.epochs=1", "distill.min_epoch_steps=2", "distill.batch_size=4",
 )  # fmt: skip
 

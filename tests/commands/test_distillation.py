@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from fewmask.commands.distillation import find_teachers, lost_and_gained
 from fewmask.data.contents import default_cache_folder
 from fewmask.types import UserError
-from tests.commands.conftest import TINY
+from tests.commands.conftest import DISTILLING
 
 STUDENT = (
     "model.size=32", "distill.epochs=1", "distill.min_epoch_steps=2", "distill.batch_size=4", "run.device=cpu",
@@ -28,7 +28,7 @@ def taught(tmp_path_factory, drawn):
 
     out = tmp_path_factory.mktemp("chain") / "run"
     environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "fewmask", "run", str(drawn), "--out", str(out), *TINY]
+    command = [sys.executable, "-m", "fewmask", "run", str(drawn), "--out", str(out), *DISTILLING]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     return out
 
@@ -92,6 +92,7 @@ def test_predictions_made_once_are_learnt_from_and_kept_for_the_next_student(tau
         (("distill.predict_once=true",), "distill.predict_once keeps predictions alone"),
         (("student.segmenter=unet",), "unet"),
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
+        (("student.weights=teacher",), "holds weights of the encoder 'vit_tiny_patch16', but this one is 'tiny'"),
         (("distill.method.losses={nope = {}}",), "no distillation loss named 'nope'"),
     ],
 )
@@ -117,6 +118,20 @@ def test_a_file_of_other_tensors_is_no_teacher(drawn, tmp_path, fewmask):
     code, _, err = fewmask("distill", "tiny_unet", *words, f'distill.teachers=["{tmp_path / "other.safetensors"}"]')
     assert code == 1
     assert "did not write" in err
+
+
+def test_a_student_may_start_from_its_teachers_encoder(taught, drawn, tmp_path, fewmask):
+    words = (
+        "data.root=" + str(drawn), f'distill.teachers=["{taught / "finetune" / "model.safetensors"}"]', *STUDENT,
+        "student.encoder=vit_tiny_patch16", "student.segmenter=transunet", "student.weights=teacher",
+        "distill.lr=1e-12", "distill.method.average=0.0",
+    )  # fmt: skip
+    code, _, err = fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'out'}")
+    assert code == 0, err
+    teacher, student = (load_file(run / "model.safetensors") for run in (taught / "finetune", tmp_path / "out/distill"))
+    name = "encoder.body.blocks.0.attn.qkv.weight"
+    np.testing.assert_allclose(student[name], teacher[name], atol=1e-6)
+    assert not np.allclose(student["head.weight"], teacher["head.weight"], atol=1e-3)
 
 
 def test_a_selection_stands_for_the_runs_it_chose(tmp_path):

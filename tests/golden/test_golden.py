@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fewmask.commands.stages import objective_for
+from fewmask.config import STAGES as STAGE_NAMES
 from fewmask.config import load_recipe, shipped_recipes
 from fewmask.data.cache import build_cache
 from fewmask.data.loader import Loader
@@ -21,10 +22,11 @@ from fewmask.data.superpixels import superpixel_maps
 from fewmask.data.synthetic import make_dataset
 from fewmask.engine.optim import build_optimiser, learning_rate, set_learning_rate
 from fewmask.engine.run import seed_step
+from fewmask.models import build_encoder, build_segmenter
 
 LOSSES = Path(__file__).with_name("losses.json")
 SIZE, BATCH, STEPS = 64, 4, 3
-STAGES = [(name, s) for name in shipped_recipes() for s in ("pretrain", "finetune") if getattr(load_recipe(name), s)]
+STAGES = [(name, s) for name in shipped_recipes() for s in STAGE_NAMES if getattr(load_recipe(name), s)]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +36,20 @@ def dataset(tmp_path_factory):
     return build_cache(cases, SIZE, folder / "cache")
 
 
+def build_objective(stage, recipe, num_classes):
+    """Return a stage's objective; the teacher of a distillation is the recipe's own model, not trained yet."""
+    if stage != "distill":
+        return objective_for(stage, recipe, recipe.model.weights, num_classes)
+    encoder = build_encoder(recipe.model.encoder, recipe.model.weights, size=SIZE)
+    teacher = build_segmenter(recipe.model.segmenter, encoder)
+    weights = recipe.student.weights.replace("teacher", recipe.model.weights)  # what an untrained teacher's are
+    return objective_for(stage, recipe, weights, teachers=[teacher])
+
+
 def first_losses(name, stage, dataset):
     recipe = load_recipe(name, [f"model.size={SIZE}", f"{stage}.batch_size={BATCH}"])
     section = recipe.stage(stage)
-    objective = objective_for(stage, recipe, recipe.model.weights, len(dataset.label_names))
+    objective = build_objective(stage, recipe, len(dataset.label_names))
     maps = {key: superpixel_maps(dataset, slic) for key, slic in objective.maps().items()}
     loader = Loader(dataset, range(8), BATCH, 0, section.min_epoch_steps, maps)
     optimiser, views, losses = build_optimiser(objective, section), objective.views(), []
