@@ -41,7 +41,7 @@ def predict_all(
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         shape = (len(dataset.images), side, side)
         answers = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        ensemble = EnsembleTeacher(teachers).to(device)
+        ensemble = EnsembleTeacher(teachers).to(device=device, memory_format=torch.channels_last)
         chosen, line = np.sort(np.asarray(indices)), Progress("predict")
         for start in range(0, len(chosen), BATCH):
             rows = chosen[start : start + BATCH]
