@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fewmask.commands.distillation import compare_student, distill, lost_and_gained
+from fewmask.commands.distillation import check_before_training, compare_student, distill, lost_and_gained
 from fewmask.commands.evaluate import evaluate_cases, sentence
 from fewmask.commands.export import export_run
 from fewmask.commands.prepare import Prepared, prepare
 from fewmask.commands.stages import configure_torch, finetune, pretrain, with_precision
-from fewmask.config import Recipe, load_recipe, parse_time
+from fewmask.config import Recipe, StageSection, load_recipe, parse_time
 from fewmask.deploy.latency import measure_latency
 from fewmask.engine.run import Run, interruptible, is_main, read_json, write_json
 from fewmask.engine.stage import Progress
@@ -60,13 +60,15 @@ def run(
 def chain(recipe: Recipe, out: Path) -> None:
     """Run every stage of a recipe into a folder, resuming at the one where it stopped."""
     configure_torch(recipe)
+    distils = recipe.distill is not None and recipe.distill.epochs > 0
+    if distils:
+        check_before_training(recipe)
     with Run(out, "run", recipe.resolved(), parse_time(recipe.run.time)) as folder, interruptible(folder):
         prepared = prepare(folder, recipe)
         weights, section = recipe.model.weights, recipe.pretrain
         if section is not None and section.epochs and worth_pretraining(recipe, prepared):
             weights = str(pretrain(folder, recipe, prepared, time_for(folder, prepared, section.share)))
-        distils = recipe.distill is not None and recipe.distill.epochs > 0
-        share = recipe.stage("finetune").share if distils else 1.0
+        share = share_of_teacher(recipe.stage("finetune")) if distils else 1.0
         teacher = finetune(folder, recipe, prepared, weights, time_for(folder, prepared, share))
         if recipe.distill is not None and distils:
             teachers = recipe.distill.teachers or [teacher]
@@ -75,6 +77,11 @@ def chain(recipe: Recipe, out: Path) -> None:
             deliver(folder, prepared)
     if is_main():
         report(out)
+
+
+def share_of_teacher(section: StageSection) -> float:
+    """Return what a teacher's fine-tuning gets of the time that it shares with its student, half unless told (ours)."""
+    return section.share if "share" in section.model_fields_set else 0.5
 
 
 def worth_pretraining(recipe: Recipe, data: Prepared) -> bool:
@@ -88,14 +95,14 @@ def worth_pretraining(recipe: Recipe, data: Prepared) -> bool:
 def time_for(folder: Run, data: Prepared, share: float = 1.0) -> float | None:
     """Return a stage's share of what is left of `run.time`, in seconds, after setting time aside for the end.
 
-    Our choice: the reserve is 30 s and 0.1 s an image to evaluate, at most 30 % of what is left. Pre-training gets its
-    `share`; fine-tuning, asked for later, all that is left then.
+    Our choice: the reserve is 30 s and 0.1 s an image to evaluate, at most 30 % of what is left. The last stage, asked
+    for when the others are done, gets all that is left then.
     """
     if folder.budget is None:
         return None
     left = max(folder.budget - folder.spent - folder.elapsed, 20.0)
     num_scored = len(data.of_split("test")) + len(data.of_split("val"))
-    if folder.config.get("distill"):  # then teacher and student are both evaluated
+    if (folder.config.get("distill") or {}).get("epochs"):  # then teacher and student are both evaluated
         num_scored *= 2
     return share * (left - min(RESERVE_SECONDS + SECONDS_PER_CASE * num_scored, 0.3 * left))
 
@@ -108,7 +115,8 @@ def deliver(folder: Run, data: Prepared) -> None:
         export_once(folder, stage)
     if not data.of_split("test"):
         Progress("evaluate").close("there are too few masks for a test split; the validation figures are optimistic")
-    if distilled:
+    own = str(folder.folder / "finetune" / "model.safetensors")
+    if distilled and read_json(folder.folder / "distill" / "stage.json")["teachers"] == [own]:
         found = compare_student(folder.folder)
         write_json(folder.folder / "distill" / "comparison.json", found)
         Progress("distill").close(lost_and_gained(found))

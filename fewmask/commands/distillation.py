@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,16 @@ from fewmask.commands.prepare import Prepared, cache_folder
 from fewmask.commands.select import SELECTION, chosen_folders
 from fewmask.commands.stages import finish, objective_for
 from fewmask.config import DistillSection, Recipe
+from fewmask.data.cache import VERSION
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
 from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
-from fewmask.engine.run import Run, read_json, seed_step
+from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import Row, read_case_csv
 from fewmask.evaluate.score import compare
 from fewmask.evaluate.validation import Validation
-from fewmask.models import Segmenter, load_model
+from fewmask.models import Segmenter, build_encoder, build_segmenter, load_model
 from fewmask.types import UserError
 
 FROM_TEACHER = "teacher"
@@ -45,11 +47,8 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     files = [file for teacher in teachers for file in find_teachers(teacher)]
     if not files:
         raise UserError("There is no teacher to learn from; give one, for example distill.teachers='[\"RUN\"]'.")
-    if section.predict_once and section.method.get("losses") != {}:
-        raise UserError(
-            "distill.predict_once keeps predictions alone, and distill.method.losses compares networks as they train: "
-            "set distill.method.losses={} and distill.method.pseudo_weight=1, or predict_once=false."
-        )
+    check_section(section)
+    teachers_known = check_same_teachers(stage, files)
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]
     weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
@@ -59,9 +58,61 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
     facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
-    facts |= {"num_labelled": len(data.labelled), "weights": weights, "excluded": data.excluded}
+    facts |= {
+        "num_labelled": len(data.labelled),
+        "weights": weights,
+        "excluded": data.excluded,
+        "teacher_hashes": teachers_known,
+    }
     finish(stage, path, product, section, objective, loader, facts)
     return path
+
+
+def check_section(section: DistillSection) -> None:
+    """Raise a UserError where nothing would be learnt from the teachers, or not in the way asked for."""
+    losses, pseudo = section.method.get("losses"), section.method.get("pseudo_weight", 0)
+    if section.predict_once and losses != {}:
+        raise UserError(
+            "distill.predict_once keeps predictions alone, and distill.method.losses compares networks as they train: "
+            "set distill.method.losses={} and distill.method.pseudo_weight=1, or predict_once=false."
+        )
+    if section.predict_once and not (pseudo and section.unlabelled):
+        raise UserError(
+            "distill.predict_once predicts images without a mask, and nothing would learn from that: set "
+            "distill.method.pseudo_weight=1 and distill.unlabelled=true, or predict_once=false."
+        )
+
+
+def check_before_training(recipe: Recipe) -> None:
+    """Raise now what a chain's distillation would raise after hours of training its teacher."""
+    section, student, model = recipe.distill, recipe.student, recipe.model
+    assert section is not None
+    check_section(section)
+    for teacher in section.teachers:
+        find_teachers(teacher)
+    if student.weights == FROM_TEACHER and not section.teachers and student.encoder != model.encoder:
+        raise UserError(
+            f"The student starts from its teacher's encoder (student.weights=teacher), but its own is "
+            f"'{student.encoder}' and the teacher's '{model.encoder}': set student.encoder={model.encoder}, or "
+            "student.weights to packaged or none."
+        )
+    encoder = build_encoder(model.encoder, "none", size=model.size, **model.encoder_settings)
+    stand_in = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
+    objective_for("distill", recipe, "none", teachers=[stand_in])
+
+
+def check_same_teachers(stage: Stage, files: Sequence[Path]) -> list[str]:
+    """Return the digests of the teachers' files; a UserError where a begun distillation had others."""
+    digests = [hashlib.blake2b(file.read_bytes(), digest_size=12).hexdigest() for file in files]
+    path = stage.folder / "teachers.json"
+    begun = any((stage.folder / "checkpoints").glob("step_*"))
+    if begun and path.exists() and read_json(path) != digests:
+        raise UserError(
+            f"The teachers of {stage.folder} changed since its training began; put them back, or use another --out."
+        )
+    if is_main():
+        write_json(path, digests)
+    return digests
 
 
 def remember(
@@ -74,8 +125,10 @@ def remember(
 ) -> np.ndarray:
     """Return what the teachers say of the images, from the cache folder where the same were asked before."""
     precision, size = resolve_precision(recipe.run), recipe.model.size
-    known = f"{run.info['data']['fingerprint']}/{size}/{precision}/{sorted(indices)}"
-    digest = hashlib.blake2b(known.encode(), digest_size=12)
+    # The fingerprint knows what each name shows, and the names which row is whose: folders may come in another order.
+    rows = [(index, data.dataset.names[index]) for index in sorted(indices)]
+    known = [VERSION, data.dataset.images.shape, run.info["data"]["fingerprint"], size, precision, rows]
+    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
     for file in files:
         digest.update(file.read_bytes())
     path = cache_folder(recipe) / "predictions" / f"{digest.hexdigest()}.npy"
@@ -91,6 +144,11 @@ def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callab
     labelled = set(data.labelled)
     others = [i for i in data.body if i not in labelled] if section.unlabelled else []
     seed, least = recipe.run.seed, section.min_epoch_steps
+    if not others and once is not None:
+        raise UserError(
+            "distill.predict_once learns from images without a mask, and there are none: give data.unlabelled, or set "
+            "predict_once=false and distill.method.losses={kd={}}."
+        )
     if not others:
         return Loader(data.dataset, data.labelled, section.batch_size, seed, least)
     num = min(max(round(section.labelled_share * section.batch_size), 1), section.batch_size - 1)

@@ -29,7 +29,7 @@ def export_run(run: Path, out: Path, stage: str | None = None) -> dict[str, Any]
 
     path = find_segmenter(run, stage)
     segmenter, spec = load_model(path)
-    metadata = describe_run(run, spec)
+    metadata = describe_run(run, spec, stage)
     return export_onnx(segmenter, input_size(spec, path), out, metadata, float(metadata["threshold"]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,11 @@ def select(recipe_name: str, overrides: Iterable[str], as_json: bool = False) ->
             found = selection(out, jobs)
             if is_main():
                 write_json(out / SELECTION, found)
-            line.update(number / len(jobs), _said(found["candidates"][-1]), force=True)
+            line.update(
+                number / len(jobs),
+                _said(next(row for row in found["candidates"] if row["name"] == job.name)),
+                force=True,
+            )
     if is_main():
         print(json.dumps(found) if as_json else _summary(out, found))
     return 0
@@ -95,7 +99,7 @@ def train(run: Run, recipe: Recipe, data: Prepared, job: Candidate) -> None:
     run.check_stop()
 
 
-def selection(out: Path, jobs: Iterable[Candidate]) -> dict[str, Any]:
+def selection(out: Path, jobs: Sequence[Candidate]) -> dict[str, Any]:
     """Return every finished candidate with its validation Dice, and the chosen one of each task.
 
     The better mode of a task is the one with the higher validation Dice; a tie goes to joint (ours), and among equal
@@ -111,12 +115,17 @@ def selection(out: Path, jobs: Iterable[Candidate]) -> dict[str, Any]:
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         chosen[task] = max(of_task, key=lambda row: (row["score"], row["mode"] == "joint", -row["weight"]))["name"]
-    return {"metric": "validation Dice", "candidates": rows, "chosen": chosen}
+    complete = len(rows) == len(jobs)
+    return {"metric": "validation Dice", "complete": complete, "candidates": rows, "chosen": chosen}
 
 
 def chosen_folders(selected: Path) -> list[Path]:
     """Return the run folders of the chosen candidates of a selection's folder."""
     found = read_json(selected / SELECTION)
+    if not found["complete"]:
+        raise UserError(
+            f"The selection in {selected} is not finished; run its 'fewmask select' command to the end first."
+        )
     return [selected / "candidates" / name for name in found["chosen"].values()]
 
 

@@ -95,7 +95,11 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
 def body_for(objective: Objective, data: Prepared) -> list[int]:
     """Return the images that a pre-training can use; a UserError where there is none."""
     if objective.needs_masks:
-        return data.labelled
+        learnable = set(data.body)  # a labelled copy of a test image takes no part in pre-training
+        body = [i for i in data.labelled if i in learnable]
+        if not body:
+            raise UserError("No image to pre-train on has a mask and is no copy of a test image; add some.")
+        return body
     body = [i for i in data.body if data.dataset.labels[i] >= 0] if objective.needs_labels else data.body
     if not body:
         raise UserError("No image to pre-train on has a class label; fill the manifest's column 'label'.")
@@ -144,7 +148,8 @@ def _refuse(section: str, settings: dict[str, Any], reserved: tuple[str, ...]) -
     for key in reserved:
         if key in settings:
             raise UserError(
-                f"Setting '{section}.{key}' is given elsewhere: use model.encoder, .weights, .segmenter, .size."
+                f"Setting '{section}.{key}' is given elsewhere: use {section.split('.')[0]}.encoder, .weights, "
+                ".segmenter, and model.size."
             )
 
 

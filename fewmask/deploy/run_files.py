@@ -38,15 +38,21 @@ def input_size(spec: dict[str, Any], path: Path) -> int:
     return size
 
 
-def describe_run(run: Path, spec: dict[str, Any]) -> dict[str, Any]:
+def describe_run(run: Path, spec: dict[str, Any], stage: str | None = None) -> dict[str, Any]:
     """Return what an exported file says of itself: network, licences, metrics and the run's fingerprint.
+
+    With `stage` it is that stage's segmenter, and not the one the run ends with.
 
     Values are JSON-able. What a run does not have (no metrics yet, say) is None or said to be unknown, never guessed.
     """
     record = _read(run / "run.json") or {}
     data = record.get("data") or {}
     # A path is shortened to its last part: the file may travel, and the path says nothing elsewhere.
-    weights = Path(((record.get("config") or {}).get("model") or {}).get("weights", "unknown")).name
+    path, config = find_segmenter(run, stage), record.get("config") or {}
+    weights = (config.get("model") or {}).get("weights", "unknown")
+    if path.parent.name == "distill" and (own := (config.get("student") or {}).get("weights")) not in (None, "teacher"):
+        weights = own
+    weights = Path(weights).name
     return {
         "threshold": THRESHOLD,
         "network": spec,
@@ -54,8 +60,8 @@ def describe_run(run: Path, spec: dict[str, Any]) -> dict[str, Any]:
         "weights_licence": _WEIGHT_LICENCES.get(weights, _UNKNOWN),
         "data_licence": data.get("licence") or _UNKNOWN,
         "data_fingerprint": data.get("fingerprint"),
-        "metrics": _read(run / "metrics.json"),
-        "run_fingerprint": hashlib.sha256(find_segmenter(run).read_bytes()).hexdigest()[:16],
+        "metrics": _read((run / stage if stage else run) / "metrics.json"),
+        "run_fingerprint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
     }
 
 

@@ -24,7 +24,7 @@ class TorchPredictor(ImagePredictor):
         self._segmenter.to(device).eval()
         self._device = device
         self._size = input_size(spec, self.path)
-        self.metadata = describe_run(Path(run), spec)
+        self.metadata = describe_run(Path(run), spec, stage)
         self.threshold = float(self.metadata["threshold"])
 
     def _probability(self, image: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -133,7 +133,7 @@ class Distill(Objective):
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Return "teacher_and_student", strips (b, 3, s, 3 s): the image, then the heat of both networks on it."""
         picture = denormalise(batch.image)
-        both = (self.teacher(batch.image).logits, self.segmenter(batch.image).logits)
+        both = (self.teacher(batch.image).logits, self.product()(batch.image).logits)
         heated = [overlay_heat(picture, logits.float().sigmoid()) for logits in both]
         return {"teacher_and_student": torch.cat([picture, *heated], dim=3)}
 

@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from fewmask.commands.distillation import find_teachers, lost_and_gained
 from fewmask.data.contents import default_cache_folder
+from fewmask.data.synthetic import make_dataset
+from fewmask.models.storage import read_model_file, write_model_file
 from fewmask.types import UserError
 from tests.commands.conftest import DISTILLING
 
@@ -90,6 +92,7 @@ def test_predictions_made_once_are_learnt_from_and_kept_for_the_next_student(tau
         (("distill.teachers=[]",), "no teacher"),
         (('distill.teachers=["nowhere"]',), "nowhere is no model file and no run folder"),
         (("distill.predict_once=true",), "distill.predict_once keeps predictions alone"),
+        (("distill.predict_once=true", "distill.method.losses={}"), "nothing would learn from that"),
         (("student.segmenter=unet",), "unet"),
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
         (("student.weights=teacher",), "holds weights of the encoder 'vit_tiny_patch16', but this one is 'tiny'"),
@@ -102,6 +105,50 @@ def test_a_mistake_is_told_in_one_sentence(taught, drawn, tmp_path, fewmask, wor
     assert code == 1
     assert said in err
     assert "Traceback" not in err
+
+
+def test_a_chain_that_could_not_end_does_not_begin(drawn, tmp_path, fewmask):
+    words = (*DISTILLING, "student.weights=teacher")
+    code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *words)
+    assert code == 1
+    assert "set student.encoder=vit_tiny_patch16" in err
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
+def test_a_begun_distillation_keeps_its_teachers(taught, drawn, tmp_path, fewmask):
+    (tmp_path / "teacher" / "finetune").mkdir(parents=True)
+    file = tmp_path / "teacher" / "finetune" / "model.safetensors"
+    file.write_bytes((taught / "finetune" / "model.safetensors").read_bytes())
+    words = (
+        "data.root=" + str(drawn),
+        f"run.out={tmp_path / 'out'}",
+        *STUDENT,
+        f'distill.teachers=["{file.parent.parent}"]',
+    )
+    assert fewmask("distill", "tiny_unet", *words)[0] == 0
+    (tmp_path / "out" / "distill" / "stage.json").unlink()
+    (tmp_path / "out" / "distill" / "checkpoints").mkdir()
+    (tmp_path / "out" / "distill" / "checkpoints" / "step_000000001.safetensors").touch()
+    spec, tensors = read_model_file(file)
+    write_model_file(file, spec, {name: tensor * 1.5 for name, tensor in tensors.items()})
+    code, _, err = fewmask("distill", "tiny_unet", *words)
+    assert code == 1
+    assert "changed since its training began" in err
+
+
+def test_predictions_belong_to_their_images_whatever_the_order_of_folders(taught, drawn, tmp_path, fewmask):
+    more = [make_dataset(tmp_path / name, 0, 3, size=(64, 80), seed=seed) for seed, name in enumerate("ab", start=5)]
+    words = (
+        "data.root=" + str(drawn), f'distill.teachers=["{taught}"]', *STUDENT, "distill.predict_once=true",
+        "distill.method.losses={}", "distill.method.pseudo_weight=1.0",
+    )  # fmt: skip
+    for number, folders in enumerate((more, more[::-1])):
+        listed = json.dumps([str(folder) for folder in folders])
+        code, _, err = fewmask(
+            "distill", "tiny_unet", *words, f"run.out={tmp_path / str(number)}", f"data.unlabelled={listed}"
+        )
+        assert code == 0, err
+    assert len(list((default_cache_folder() / "predictions").iterdir())) == 2
 
 
 def test_an_encoder_is_no_teacher(taught, drawn, tmp_path, fewmask):
@@ -139,7 +186,7 @@ def test_a_selection_stands_for_the_runs_it_chose(tmp_path):
     for name in names.values():
         (tmp_path / "candidates" / name / "finetune").mkdir(parents=True)
         (tmp_path / "candidates" / name / "finetune" / "model.safetensors").touch()
-    (tmp_path / "selection.json").write_text(json.dumps({"chosen": names, "candidates": []}))
+    (tmp_path / "selection.json").write_text(json.dumps({"complete": True, "chosen": names, "candidates": []}))
     found = find_teachers(tmp_path)
     assert [path.parent.parent.name for path in found] == list(names.values())
     with pytest.raises(UserError, match="finish its fine-tuning"):

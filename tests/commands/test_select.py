@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewmask.commands.select import Candidate, candidates, recipe_of, selection
+from fewmask.commands.select import Candidate, candidates, chosen_folders, recipe_of, selection
 from fewmask.config import SelectSection, load_recipe
 from fewmask.types import UserError
 from tests.commands.test_chain import table
@@ -107,6 +107,17 @@ def test_a_tie_goes_to_joint_and_then_to_the_smaller_weight(tmp_path):
     for job in jobs:
         finish(tmp_path, job, 0.7)
     assert selection(tmp_path, jobs)["chosen"] == {"jigsaw": "joint-jigsaw-0.1"}
+
+
+def test_an_unfinished_selection_teaches_nobody(tmp_path):
+    jobs = list(candidates(SelectSection(tasks=["jigsaw"])))
+    for number, job in enumerate(jobs):
+        finish(tmp_path, job, 0.7)
+        (tmp_path / "selection.json").write_text(json.dumps(selection(tmp_path, jobs)))
+        if number + 1 < len(jobs):
+            with pytest.raises(UserError, match="is not finished"):
+                chosen_folders(tmp_path)
+    assert chosen_folders(tmp_path) == [tmp_path / "candidates" / "joint-jigsaw-0.1"]
 
 
 def test_the_better_mode_is_taken(tmp_path):
