@@ -102,9 +102,10 @@ def time_for(folder: Run, data: Prepared, share: float = 1.0) -> float | None:
         return None
     left = max(folder.budget - folder.spent - folder.elapsed, 20.0)
     num_scored = len(data.of_split("test")) + len(data.of_split("val"))
-    if (folder.config.get("distill") or {}).get("epochs"):  # then teacher and student are both evaluated
-        num_scored *= 2
-    return share * (left - min(RESERVE_SECONDS + SECONDS_PER_CASE * num_scored, 0.3 * left))
+    reserve = RESERVE_SECONDS + SECONDS_PER_CASE * num_scored
+    if (folder.config.get("distill") or {}).get("epochs"):  # then teacher and student are both evaluated and exported
+        reserve *= 2
+    return share * (left - min(reserve, 0.3 * left))
 
 
 def deliver(folder: Run, data: Prepared) -> None:
