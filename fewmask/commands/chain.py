@@ -63,6 +63,10 @@ def chain(recipe: Recipe, out: Path) -> None:
     distils = recipe.distill is not None and recipe.distill.epochs > 0
     if distils:
         check_before_training(recipe)
+    if recipe.run.clock == "cpu" and recipe.run.time != "none":
+        raise UserError(
+            "run.clock=cpu is for one stage alone, and a chain shares out wall time; leave one of them out."
+        )
     with Run(out, "run", recipe.resolved(), parse_time(recipe.run.time)) as folder, interruptible(folder):
         prepared = prepare(folder, recipe)
         weights, section = recipe.model.weights, recipe.pretrain

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fewmask.commands.distillation import load_teacher
-from fewmask.commands.evaluate import sentence
 from fewmask.data.preprocess import predict_probability
 from fewmask.deploy.predictor import ImagePredictor
 from fewmask.deploy.run_files import THRESHOLD
-from fewmask.engine.stage import Progress
-from fewmask.evaluate.pictures import save_pictures
-from fewmask.evaluate.score import score_cases, summarise, write_case_csv, write_metrics
-from fewmask.types import Case, UserError
+from fewmask.types import UserError
 
 
 class EnsemblePredictor(ImagePredictor):
@@ -40,15 +35,3 @@ class EnsemblePredictor(ImagePredictor):
         for member in self._members:
             total += predict_probability(member, image, member.encoder.size, self._device)
         return (total / len(self._members)).astype(np.float32)
-
-
-def evaluate_ensemble(folder: Path, predictor: EnsemblePredictor, cases: Sequence[Case], key: str) -> dict[str, Any]:
-    """Score the ensemble and write `metrics.json` (under `key`), `cases_KEY.csv` and the pictures into `folder`."""
-    line = Progress(f"evaluate {key}")
-    rows = score_cases(predictor, cases, THRESHOLD, on_progress=line.count)
-    summary = summarise(rows)
-    write_case_csv(folder / f"cases_{key}.csv", rows)
-    save_pictures(folder, key, rows, cases, predictor, THRESHOLD)
-    write_metrics(folder / "metrics.json", key, summary)
-    line.close(sentence(key, summary))
-    return summary

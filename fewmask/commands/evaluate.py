@@ -9,6 +9,7 @@ from typing import Any
 
 from fewmask.data.contents import content_hashes
 from fewmask.data.manifest import load_cases
+from fewmask.deploy.predictor import ImagePredictor
 from fewmask.deploy.run_files import THRESHOLD, find_segmenter
 from fewmask.deploy.torch_predictor import TorchPredictor
 from fewmask.engine.run import read_json, write_json
@@ -55,14 +56,17 @@ def evaluate_cases(run: Path, cases: Sequence[Case], key: str, stage: str | None
 
     With `stage`, it is that stage's segmenter, and the files go into the stage's folder.
     """
-    predictor = TorchPredictor(run, stage=stage)
-    run = run if stage is None else run / stage
+    return score_into(run if stage is None else run / stage, TorchPredictor(run, stage=stage), cases, key)
+
+
+def score_into(folder: Path, predictor: ImagePredictor, cases: Sequence[Case], key: str) -> dict[str, Any]:
+    """Score a predictor on cases; write `metrics.json` (under `key`), `cases_KEY.csv` and pictures into a folder."""
     line = Progress(f"evaluate {key}")
     rows = score_cases(predictor, cases, THRESHOLD, on_progress=line.count)
     summary = summarise(rows)
-    write_case_csv(run / f"cases_{key}.csv", rows)
-    save_pictures(run, key, rows, cases, predictor, THRESHOLD)
-    write_metrics(run / "metrics.json", key, summary)
+    write_case_csv(folder / f"cases_{key}.csv", rows)
+    save_pictures(folder, key, rows, cases, predictor, THRESHOLD)
+    write_metrics(folder / "metrics.json", key, summary)
     line.close(sentence(key, summary))
     return summary
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewmask.commands.distillation import distill, find_teachers
-from fewmask.commands.ensemble import EnsemblePredictor, evaluate_ensemble
-from fewmask.commands.evaluate import evaluate_cases
+from fewmask.commands.ensemble import EnsemblePredictor
+from fewmask.commands.evaluate import evaluate_cases, score_into
 from fewmask.commands.prepare import Prepared, prepare
 from fewmask.commands.select import SELECTION, candidates, recipe_of, selection
 from fewmask.commands.select import train as train_candidate
@@ -159,7 +159,7 @@ def best_candidate(selected: Path, task: str, mode: str) -> Path:
 def score(job: Job, cases: Sequence[Case], key: str) -> None:
     """Score a job's segmenter, or the average of its teachers, on cases under a key."""
     if job.verb == "ensemble":
-        evaluate_ensemble(job.folder, EnsemblePredictor(job.members), cases, key)
+        score_into(job.folder, EnsemblePredictor(job.members), cases, key)
     else:
         evaluate_cases(job.folder, cases, key)
 

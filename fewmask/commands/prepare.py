@@ -145,12 +145,23 @@ def _facts(cases: Sequence[Case], settings: DataSection) -> dict[str, Any]:
 
 
 def copies_of_test(cases: Sequence[Case], linked: Sequence[tuple[str, str]]) -> set[str]:
-    """Return the names of training and unlabelled cases that show a test image, by content or by public identifier."""
+    """Return the names of training and unlabelled cases that show a test image, by content or by public identifier.
+
+    A copy of a copy is one too: of a large group of copies the audit lists pairs with the first alone.
+    """
     tests = [case for case in cases if case.split == "test"]
-    test, known = {case.name for case in tests}, {case.image.stem for case in tests if PUBLIC_ID.match(case.image.stem)}
-    found = {a for a, b in linked if b in test} | {b for a, b in linked if a in test}
-    found |= {case.name for case in cases if case.image.stem in known}
+    found = {case.name for case in tests}
+    while grown := {name for pair in linked if not found.isdisjoint(pair) for name in pair} - found:
+        found |= grown
+    known = {public_id(case.image) for case in tests} - {None}
+    found |= {case.name for case in cases if public_id(case.image) in known}
     return {case.name for case in cases if case.name in found and case.split not in ("test", "val")}
+
+
+def public_id(image: Path) -> str | None:
+    """Return the public identifier that a file's name begins with, as in ISIC_0000002_downsampled.jpg, or None."""
+    match = PUBLIC_ID.match(image.stem)
+    return match.group() if match else None
 
 
 def _uses(cases: Sequence[Case], chosen: set[str], copies: set[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewmask.commands.prepare import PUBLIC_ID
+from fewmask.commands.prepare import public_id
 from fewmask.data.contents import content_hashes
 from fewmask.engine.run import read_json
 from fewmask.types import Case, UserError
@@ -32,11 +32,11 @@ def learnt_by_teachers(teachers: Sequence[Path], tests: Sequence[Case]) -> tuple
         theirs = {content for content, use in uses.items() if use in LEARNT}
         known = _public_ids(run / "cases.csv")
         seen = {hashes[content] for content in theirs & hashes.keys()}
-        seen |= {case.name for case in tests if case.image.stem in known}
+        seen |= {case.name for case in tests if public_id(case.image) in known}
         if seen:
             raise UserError(
                 f"The teacher {teacher} has learnt from {len(seen)} of the test images, such as {min(seen)}; give one "
-                "in grid.teachers that was trained with the same split."
+                "that was trained with the same split."
             )
         learnt |= theirs
         remarks.append(f"Teacher {teacher.name}: given, and trained on {len(theirs)} masks, none of a test image.")
@@ -45,7 +45,8 @@ def learnt_by_teachers(teachers: Sequence[Path], tests: Sequence[Case]) -> tuple
 
 def run_of(teacher: Path) -> Path | None:
     """Return the run folder that a teacher lies in, None where there is none that tells what it has learnt from."""
-    places = [teacher, *teacher.parents[:2]] if teacher.is_file() else [teacher]
+    # A candidate of a selection lies two folders deeper than a run's own segmenter.
+    places = [teacher, *teacher.parents[:4]] if teacher.is_file() else [teacher]
     return next((place for place in places if (place / "contents.json").is_file()), None)
 
 
@@ -59,5 +60,5 @@ def _public_ids(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     with path.open(newline="", encoding="utf-8") as file:
-        stems = {Path(row["image"]).stem for row in csv.DictReader(file) if row["use"] in LEARNT}
-    return {stem for stem in stems if PUBLIC_ID.match(stem)}
+        found = {public_id(Path(row["image"])) for row in csv.DictReader(file) if row["use"] in LEARNT}
+    return {identifier for identifier in found if identifier is not None}

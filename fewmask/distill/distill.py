@@ -16,8 +16,7 @@ from fewmask.distill.distiller import Distiller, check_share
 from fewmask.distill.supervision import Supervision, labelled_rows, loss_of_each, supervise, weighted_mean
 from fewmask.distill.teacher import EnsembleTeacher, merge
 from fewmask.distill.widths import Widths, describe, dry_run
-from fewmask.models.average import WeightAverage
-from fewmask.objective import Objective
+from fewmask.models.average import AveragedObjective
 from fewmask.registry import build, check_type, choose
 from fewmask.types import Batch, SegOutput, UserError, Views
 
@@ -26,7 +25,7 @@ HEAT = (1.0, 0.2, 0.0)
 OPACITY = 0.6
 
 
-class Distill(Objective):
+class Distill(AveragedObjective):
     """A student segmenter learns from masks, where there are any, and from its teachers on every image.
 
         L = supervised_weight * S + pseudo_weight * P + sum over losses of weight * D
@@ -62,20 +61,16 @@ class Distill(Objective):
         augment: Augment = "full",
         ensemble: Literal["average", "mean_kl"] = "average",
     ) -> None:
-        super().__init__()
         check_share("dice_weight", dice_weight)
-        if not 0 <= average < 1:
-            raise UserError(f"'average' cannot be {average}: give a decay of at least 0 and below 1, such as 0.99.")
+        check_apart(segmenter, teachers)
+        super().__init__(segmenter, average)
         self.weights = weights_of(losses)
         self.supervised_weight, self.pseudo_weight = supervised_weight, pseudo_weight
         check_weights({"supervised_weight": supervised_weight, "pseudo_weight": pseudo_weight, **self.weights})
         self.size, self.dice_weight, self.pseudo_target = size, dice_weight, pseudo_target
         self.augment, self.ensemble = augment, ensemble
-        check_apart(segmenter, teachers)
-        self.segmenter = segmenter
         self.teacher = EnsembleTeacher(teachers)
         self.distillers = build_distillers(losses, *compare(segmenter, self.teacher, size))
-        self.averaged = WeightAverage(segmenter, average) if average > 0 else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss", "supervised", "pseudo", "confidence" and each loss by its name, before its weight.
@@ -116,18 +111,9 @@ class Distill(Objective):
             "pseudo": weighted_mean(each, given.confidence, ~given.labelled),
         }
 
-    def product(self) -> nn.Module:
-        """Return the student, its weights averaged if `average` > 0."""
-        return self.segmenter if self.averaged is None else self.averaged.model
-
     def views(self) -> Views:
         """Return the augmentation that `augment` names."""
         return segment_views(self.augment, self.size)
-
-    def after_step(self, progress: float) -> None:
-        """Update the averaged weights."""
-        if self.averaged is not None:
-            self.averaged.update(self.segmenter)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 from fewmask.data.augment import Augment, segment_views
 from fewmask.data.preprocess import denormalise
 from fewmask.losses import cross_entropy_dice
-from fewmask.models.average import WeightAverage
-from fewmask.objective import Objective
+from fewmask.models.average import AveragedObjective
 from fewmask.types import Batch, UserError, Views
 
 CONTOUR = (1.0, 0.9, 0.0)
 
 
-class Segment(Objective):
+class Segment(AveragedObjective):
     """Supervised segmentation: (1 - w) cross-entropy + w Dice (TransUNet: w = 0.5).
 
     `average` > 0 is the decay of a running average of the weights, which then is the product (see `WeightAverage`).
@@ -36,17 +35,13 @@ class Segment(Objective):
         freeze_encoder: bool = False,
         augment: Augment = "full",
     ) -> None:
-        super().__init__()
         if not 0 <= dice_weight <= 1:
             raise UserError(f"'dice_weight' cannot be {dice_weight}: give a share between 0 and 1.")
-        if not 0 <= average < 1:
-            raise UserError(f"'average' cannot be {average}: give a decay of at least 0 and below 1, such as 0.99.")
+        super().__init__(segmenter, average)
         self.size, self.dice_weight, self.augment = size, dice_weight, augment
-        self.segmenter = segmenter
         self.freeze_encoder = freeze_encoder
         if freeze_encoder:
             _encoder_of(segmenter).requires_grad_(False)
-        self.averaged = WeightAverage(segmenter, average) if average > 0 else None
         self.train()
 
     def train(self, mode: bool = True) -> Segment:
@@ -63,18 +58,9 @@ class Segment(Objective):
         logits = self.segmenter(batch.image).logits.float()
         return cross_entropy_dice(logits, batch.mask, self.dice_weight)
 
-    def product(self) -> nn.Module:
-        """Return the segmenter, its weights averaged if `average` > 0."""
-        return self.segmenter if self.averaged is None else self.averaged.model
-
     def views(self) -> Views:
         """Return the augmentation that `augment` names."""
         return segment_views(self.augment, self.size)
-
-    def after_step(self, progress: float) -> None:
-        """Update the averaged weights."""
-        if self.averaged is not None:
-            self.averaged.update(self.segmenter)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"augmented"}: what the network sees, with the outline of its mask."""

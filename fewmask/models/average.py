@@ -7,6 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from fewmask.objective import Objective
+from fewmask.types import UserError
+
 
 class WeightAverage(nn.Module):
     """A copy of a model whose weights are the exponential moving average of the model's.
@@ -41,3 +44,26 @@ class WeightAverage(nn.Module):
         for kept, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             kept.copy_(buffer)
         count.add_(1)
+
+
+class AveragedObjective(Objective):
+    """An objective that trains a segmenter and keeps it, or the running average of its weights if `average` > 0.
+
+    `average` is the decay (see `WeightAverage`). Raises UserError unless it is in [0, 1).
+    """
+
+    def __init__(self, segmenter: nn.Module, average: float) -> None:
+        if not 0 <= average < 1:
+            raise UserError(f"'average' cannot be {average}: give a decay of at least 0 and below 1, such as 0.99.")
+        super().__init__()
+        self.segmenter = segmenter
+        self.averaged = WeightAverage(segmenter, average) if average > 0 else None
+
+    def product(self) -> nn.Module:
+        """Return the segmenter, its weights averaged if `average` > 0."""
+        return self.segmenter if self.averaged is None else self.averaged.model
+
+    def after_step(self, progress: float) -> None:
+        """Update the averaged weights."""
+        if self.averaged is not None:
+            self.averaged.update(self.segmenter)

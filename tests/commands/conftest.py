@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -34,6 +36,15 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def drawn(tmp_path_factory):
     """Twelve images with masks and eight without, 64x80."""
     return make_dataset(tmp_path_factory.mktemp("drawn") / "data", 12, 8, size=(64, 80))
+
+
+def finish_chain(tmp_path_factory, data, settings):
+    """Run a chain in a process and with a cache of its own; return its folder."""
+    out = tmp_path_factory.mktemp("chain") / "run"
+    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    command = [sys.executable, "-m", "fewmask", "run", str(data), "--out", str(out), *settings]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return out
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fewmask as package
 from fewmask.data.synthetic import make_dataset
-from tests.commands.conftest import TINY
+from tests.commands.conftest import TINY, finish_chain
 
 ALWAYS_SAVE = ("pretrain.checkpoint_seconds=0", "finetune.checkpoint_seconds=0")
 
@@ -32,11 +32,7 @@ def table(path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, drawn):
     """One finished run, for the tests that only read it."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "fewmask", "run", str(drawn), "--out", str(out), *TINY]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    return out
+    return finish_chain(tmp_path_factory, drawn, TINY)
 
 
 def test_the_chain_leaves_a_model_a_report_and_figures(finished, drawn):

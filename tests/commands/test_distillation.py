@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from fewmask.data.contents import default_cache_folder
 from fewmask.data.synthetic import make_dataset
 from fewmask.models.storage import read_model_file, write_model_file
 from fewmask.types import UserError
-from tests.commands.conftest import DISTILLING
+from tests.commands.conftest import DISTILLING, finish_chain
+from tests.commands.test_chain import table
 
 STUDENT = (
     "model.size=32", "distill.epochs=1", "distill.min_epoch_steps=2", "distill.batch_size=4", "run.device=cpu",
@@ -24,15 +27,7 @@ STUDENT = (
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory, drawn):
     """A finished chain: the teacher in finetune, the student in distill."""
-    import os
-    import subprocess
-    import sys
-
-    out = tmp_path_factory.mktemp("chain") / "run"
-    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "fewmask", "run", str(drawn), "--out", str(out), *DISTILLING]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    return out
+    return finish_chain(tmp_path_factory, drawn, DISTILLING)
 
 
 def facts(run, stage="distill"):
@@ -149,6 +144,29 @@ def test_predictions_belong_to_their_images_whatever_the_order_of_folders(taught
         )
         assert code == 0, err
     assert len(list((default_cache_folder() / "predictions").iterdir())) == 2
+
+
+def test_a_teacher_that_learnt_from_a_test_image_is_refused(taught, data, tmp_path, fewmask):
+    used = {Path(row["image"]).name: row for row in table(taught / "cases.csv")}
+    moved = next(row["group"] for row in used.values() if row["use"] == "labelled")
+    rows = table(data / "manifest.csv")
+    for row in rows:
+        row["split"] = "test" if row["group"] == moved else used[Path(row["image"]).name]["split"]
+    with (data / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    words = (f"data.root={data}", f"run.out={tmp_path / 'out'}", *STUDENT, f'distill.teachers=["{taught}"]')
+    code, _, err = fewmask("distill", "tiny_unet", *words)
+    assert code == 1
+    assert "of the test images" in err
+    assert not (tmp_path / "out" / "distill" / "stage.json").exists()
+
+
+def test_a_chain_does_not_mix_clocks(drawn, tmp_path, fewmask):
+    code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *DISTILLING, "run.clock=cpu", "run.time=1m")
+    assert code == 1
+    assert "and a chain shares out wall time" in err
 
 
 def test_an_encoder_is_no_teacher(taught, drawn, tmp_path, fewmask):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewmask.commands.ensemble import EnsemblePredictor, evaluate_ensemble
+from fewmask.commands.ensemble import EnsemblePredictor
+from fewmask.commands.evaluate import score_into
 from fewmask.data.manifest import load_cases
 from fewmask.data.preprocess import predict_probability
 from fewmask.evaluate.protocol import score_case
@@ -45,7 +46,7 @@ def test_probability_is_the_mean_over_members_of_unequal_sizes(files):
 
 def test_scores_are_those_of_the_mean(files, drawn, tmp_path):
     cases = [case for case in load_cases(drawn) if case.mask is not None][:4]
-    summary = evaluate_ensemble(tmp_path, EnsemblePredictor(files), cases, "test")
+    summary = score_into(tmp_path, EnsemblePredictor(files), cases, "test")
     rows = read_case_csv(tmp_path / "cases_test.csv")
     for case, row in zip(cases, rows, strict=True):
         image, truth = read_case(case)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from fewmask.commands import prepare as module
 from fewmask.config import load_recipe
 from fewmask.engine.run import Run
+from fewmask.types import Case
 from tests.commands.conftest import TINY
 
 
@@ -41,6 +43,16 @@ def test_changed_data_are_audited_again(prepared, data):
     shutil.copy(sorted((data / "images").iterdir())[1], picture.with_name(f"extra{picture.suffix}"))
     (data / "manifest.csv").unlink()
     assert prepared(data, "second") == 2
+
+
+def test_copies_of_copies_and_renamed_public_images_are_known():
+    def case(name, split=None):
+        return Case(name, Path(f"images/{name}.jpg"), split=split)
+
+    cases = [case("t", "test"), case("ISIC_0000002", "test"), case("a"), case("b"), case("c", "train"), case("free")]
+    cases += [case("ISIC_0000002_downsampled"), case("ISIC_0000003"), case("v", "val")]
+    linked = [("a", "t"), ("a", "b"), ("c", "b"), ("v", "t")]
+    assert module.copies_of_test(cases, linked) == {"a", "b", "c", "ISIC_0000002_downsampled"}
 
 
 def test_a_damaged_memory_of_an_audit_is_made_again(prepared, data):
