@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fewmask.types import Case
+from fewmask.data.reading import read_image
+from fewmask.types import Case, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,16 @@ def save(path: Path, values: np.ndarray, **options: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path, **options)
     return path
+
+
+def refused(path: Path, word: str, read: Callable[[Path], object] = read_image) -> str:
+    """Check that reading raises a UserError of one line that names the file and matches `word`; return its message."""
+    with pytest.raises(UserError, match=word) as caught:
+        read(path)
+    message = str(caught.value)
+    assert path.name in message
+    assert "\n" not in message
+    return message
 
 
 def make_folder(root: Path, num_labelled: int, num_unlabelled: int = 0) -> Path:

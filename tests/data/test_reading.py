@@ -1,4 +1,4 @@
-"""Every format and defect a user's folder may hold: the right array, or one sentence that names the file."""
+"""Every format and defect a user's pictures may have: the right array, or one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -13,29 +13,16 @@ import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from fewmask.data.reading import MAX_PIXELS, image_size, is_picture, read_image, read_mask
 from fewmask.types import UserError
-from tests.data.conftest import disc, picture, save
-
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
-
-
-def refused(path: Path, word: str, read=read_image) -> None:
-    with pytest.raises(UserError, match=word) as caught:
-        read(path)
-    message = str(caught.value)
-    assert path.name in message
-    assert "\n" not in message
+from tests.data.conftest import disc, picture, refused, save
 
 
 def mode_of(path: Path) -> str:
     with Image.open(path) as image:
         return image.mode
-
-
-# --- images
 
 
 def test_lossless_rgb_is_read_exactly_and_writable(tmp_path):
@@ -138,8 +125,8 @@ def write_deep_png(path: Path, values: np.ndarray) -> Path:
 def test_sixteen_bit_colour_png(tmp_path):
     values = picture().astype(np.uint16) * 257
     assert np.abs(read_image(write_deep_png(tmp_path / "a.png", values)).astype(int) - picture()).max() <= 1
-    refused(write_deep_png(tmp_path / "dark.png", values // 64), "14 bits")
-    refused(write_deep_png(tmp_path / "fourteen.png", values // 4), "14 bits")
+    assert refused(write_deep_png(tmp_path / "dark.png", values // 64), "14 bits")
+    assert refused(write_deep_png(tmp_path / "fourteen.png", values // 4), "14 bits")
 
 
 def test_opacity_of_deep_tiff_is_of_the_types_own_depth(tmp_path):
@@ -163,7 +150,7 @@ def test_white_is_zero_tiff_is_turned_positive(tmp_path, dtype):
 @pytest.mark.parametrize("values", [picture().astype(np.float32) / 255, picture()[..., 0].astype(np.float64)])
 def test_a_tiff_of_numbers_that_are_not_read_says_so(tmp_path, values):
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb" if values.ndim == 3 else "minisblack")
-    refused(tmp_path / "a.tif", "is a TIFF .*64-bit numbers, floats in colour")
+    assert refused(tmp_path / "a.tif", "is a TIFF .*64-bit numbers, floats in colour")
 
 
 def test_float_tiff(tmp_path):
@@ -175,16 +162,16 @@ def test_float_tiff(tmp_path):
     assert np.array_equal(read_image(wide)[..., 0], np.rint(ramp.astype(float) * 255))
     for name, value in (("nan.tif", np.nan), ("inf.tif", np.inf)):
         tifffile.imwrite(tmp_path / name, np.where(ramp < 0.01, np.float32(value), ramp))
-        refused(tmp_path / name, "NaN or infinite")
+        assert refused(tmp_path / name, "NaN or infinite")
 
 
 @pytest.mark.parametrize("side", [12_300, 13_000, 100_000])
 def test_huge_images_are_refused_from_the_header(tmp_path, side):
     assert side * side > MAX_PIXELS
     path = write_png(tmp_path / "huge.png", side, side, 8, bytes(1000))
-    refused(path, "million")
-    refused(path, "million", image_size)
-    refused(path, "million", read_mask)
+    assert refused(path, "million")
+    assert refused(path, "million", image_size)
+    assert refused(path, "million", read_mask)
 
 
 def test_size_of_an_allowed_large_image_comes_without_decoding_or_warning(tmp_path):
@@ -205,10 +192,10 @@ def test_defective_files_name_file_and_fault(tmp_path):
     }
     for name, (content, word) in bad.items():
         (tmp_path / name).write_bytes(content)
-        refused(tmp_path / name, word)
-        refused(tmp_path / name, word.replace("DICOM", "DICOM|mask"), read_mask)
-    refused(tmp_path / "gone.png", "does not exist")
-    refused(tmp_path, "folder")
+        assert refused(tmp_path / name, word)
+        assert refused(tmp_path / name, word.replace("DICOM", "DICOM|mask"), read_mask)
+    assert refused(tmp_path / "gone.png", "does not exist")
+    assert refused(tmp_path, "folder")
 
 
 @given(cut=st.floats(0, 0.99), flips=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=5))
@@ -220,19 +207,20 @@ def test_damaged_files_give_an_image_or_a_user_error(tmp_path_factory, suffix, c
         data[int(where * (len(data) - 1))] = value
     bad = folder / f"bad{suffix}"
     bad.write_bytes(data[: max(1, round(len(data) * (1 - cut / 2)))])
+    told = []
     for read in (read_image, read_mask, image_size):
         try:
             read(bad)
-        except UserError as error:
-            if bad.name not in str(error):
-                raise
+        except UserError as error:  # anything else fails the test
+            told.append(str(error))
+    assert all(bad.name in message for message in told)
 
 
 def test_several_pages_or_frames_are_refused(tmp_path):
     pages = [Image.fromarray(picture(n)) for n in range(2)]
     for name in ("a.tif", "a.gif", "a.png", "a.webp"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-        refused(tmp_path / name, "several pages")
+        assert refused(tmp_path / name, "several pages")
     pages[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=pages[1:])
     assert np.abs(read_image(tmp_path / "phone.jpg").astype(int) - picture(0)).mean() < 8
 
@@ -267,219 +255,3 @@ def test_is_picture_by_suffix_or_dicom_magic(tmp_path):
     assert is_picture(tmp_path / "1.2.840.113")
     assert is_picture(tmp_path / "A.JPG")
     assert not is_picture(tmp_path / "notes.txt")
-
-
-# --- DICOM
-
-
-def write_dicom(path: Path, values: np.ndarray, **fields: object) -> Path:
-    pydicom = pytest.importorskip("pydicom")
-    meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    dataset = pydicom.dataset.FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.Rows, dataset.Columns = values.shape[-2:] if values.ndim == 2 else values.shape[1:3]
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated = dataset.BitsStored = values.dtype.itemsize * 8
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(values.dtype.kind == "i")
-    dataset.PixelData = values.tobytes()
-    for key, value in fields.items():
-        setattr(dataset, key, value)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
-def test_dicom_window_is_the_standards_formula(tmp_path):
-    stored = np.arange(0, 4000, 10, dtype=np.int16).reshape(20, 20)
-    path = write_dicom(
-        tmp_path / "ct.dcm", stored, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=40, WindowWidth=400
-    )
-    hounsfield = stored.astype(float) - 1024
-    # DICOM PS3.3 C.11.2.1.2.1, linear
-    expected = ((hounsfield - (40 - 0.5)) / (400 - 1) + 0.5).clip(0, 1) * 255
-    image = read_image(path)
-    assert image.shape == (20, 20, 3)
-    assert np.abs(image[..., 0] - expected).max() <= 1
-    assert image_size(path) == (20, 20)
-
-
-def test_dicom_without_window_monochrome1_and_no_suffix(tmp_path):
-    eight = picture()[..., 0].copy()
-    assert np.array_equal(read_image(write_dicom(tmp_path / "a.dcm", eight))[..., 1], eight)
-    inverted = write_dicom(tmp_path / "1.2.3", eight, PhotometricInterpretation="MONOCHROME1")
-    assert np.array_equal(read_image(inverted)[..., 1], 255 - eight)
-    deep = np.linspace(500, 1500, 100).astype(np.uint16).reshape(10, 10)
-    image = read_image(write_dicom(tmp_path / "b.dcm", deep))
-    assert (image.min(), image.max()) == (0, 255)
-
-
-def test_dicom_refusals(tmp_path):
-    frames = np.zeros((3, 4, 4), np.uint8)
-    refused(write_dicom(tmp_path / "film.dcm", frames, NumberOfFrames=3), "3 frames")
-    refused(write_dicom(tmp_path / "huge.dcm", np.zeros((2, 2), np.uint8), Rows=60000, Columns=60000), "million")
-    refused(write_dicom(tmp_path / "cut.dcm", np.zeros((2, 2), np.uint8), Rows=500, Columns=500), "decoded")
-    refused(write_dicom(tmp_path / "mask.dcm", np.zeros((2, 2), np.uint8)), "PNG", read_mask)
-
-
-def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch):
-    path = write_dicom(tmp_path / "a.dcm", np.zeros((2, 2), np.uint8))
-    monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
-    refused(path, r"pip install fewmask\[dicom\]")
-
-
-@pytest.mark.skipif(not (SHARED / "siim_sample").is_dir(), reason="the SIIM sample is not here")
-def test_real_dicom_files_are_read():
-    files = sorted((SHARED / "siim_sample").glob("*.dcm"))
-    assert len(files) == 10
-    for file in files[:3]:
-        image = read_image(file)
-        assert image.shape == (*image_size(file), 3) == (1024, 1024, 3)
-        assert image.std() > 20
-
-
-# --- masks
-
-
-@pytest.mark.parametrize(
-    ("value", "code"), [(255, ()), (1, ("values 0/1",)), (7, ("values 0/7",)), (128, ("values 0/128",))]
-)
-def test_two_values_are_background_and_foreground(tmp_path, value, code):
-    reading = read_mask(save(tmp_path / "m.png", disc() * np.uint8(value)))
-    assert np.array_equal(reading.mask, disc())
-    assert reading.mask.dtype == bool
-    assert tuple(remark.split(":")[0] for remark in reading.remarks) == code
-
-
-@pytest.mark.parametrize("mode", ["1", "RGB", "P", "RGBA", "LA", "I;16", "F"])
-def test_every_container_gives_the_same_mask(tmp_path, mode):
-    grey = Image.fromarray(disc() * np.uint8(255))
-    path = tmp_path / ("m.tif" if mode == "F" else "m.png")
-    if mode == "I;16":
-        grey = Image.fromarray(disc() * np.uint16(65535))
-    elif mode == "P":
-        grey = Image.fromarray(disc().astype(np.uint8), mode="L").convert("P")
-        grey.putpalette([0, 0, 0, 128, 0, 0])
-    else:
-        grey = grey.convert(mode)
-    grey.save(path)
-    assert mode_of(path) == mode
-    assert np.array_equal(read_mask(path).mask, disc())
-
-
-def test_single_values(tmp_path):
-    nothing = read_mask(save(tmp_path / "e.png", np.zeros((9, 9), np.uint8)))
-    everything = read_mask(save(tmp_path / "f.png", np.full((9, 9), 255, np.uint8)))
-    ones = read_mask(save(tmp_path / "o.png", np.ones((9, 9), np.uint8)))
-    assert not nothing.mask.any()
-    assert everything.mask.all()
-    assert ones.mask.all()
-    assert [r.remarks[-1].split(":")[0] for r in (nothing, everything, ones)] == ["empty", "full", "full"]
-
-
-def test_inverted_masks_are_turned_round(tmp_path):
-    reading = read_mask(save(tmp_path / "m.png", ~disc()))
-    assert np.array_equal(reading.mask, disc())
-    assert reading.remarks[0].startswith("inverted:")
-
-
-def test_a_speck_or_an_open_border_is_no_proof_of_an_inversion(tmp_path):
-    speck = np.ones((40, 60), bool)
-    speck[20, 30] = False
-    cut = ~disc()
-    cut[0, 5] = False
-    for name, mask, codes in (("speck.png", speck, ["inverted?"]), ("cut.png", cut, [])):
-        reading = read_mask(save(tmp_path / name, mask))
-        assert np.array_equal(reading.mask, mask)
-        assert [remark.partition(":")[0] for remark in reading.remarks] == codes
-
-
-def test_antialiased_and_jpeg_masks_are_cut_at_half(tmp_path):
-    truth = disc(160, 200, 50)
-    large = Image.fromarray(np.kron(disc(160, 200, 50), np.ones((4, 4), bool)) * np.uint8(255))
-    large.resize((200, 160), Image.Resampling.BILINEAR).filter(ImageFilter.BoxBlur(1)).save(tmp_path / "soft.png")
-    Image.fromarray(truth * np.uint8(255)).save(tmp_path / "lossy.jpg", quality=60)
-    Image.fromarray(truth * np.uint8(255)).convert("RGB").save(tmp_path / "colour.jpg", quality=60)
-    Image.open(tmp_path / "lossy.jpg").save(tmp_path / "resaved.png")
-    Image.fromarray(disc(40, 50, 12) * np.uint8(255)).resize((200, 160), Image.Resampling.BICUBIC).save(
-        tmp_path / "up.png"
-    )
-    for name in ("soft.png", "lossy.jpg", "colour.jpg", "resaved.png", "up.png"):
-        reading = read_mask(tmp_path / name)
-        assert reading.remarks[0].startswith("thresholded:"), name
-        overlap = (reading.mask & truth).sum() / (reading.mask | truth).sum()
-        assert overlap > (0.85 if name == "up.png" else 0.98), name
-
-
-def classes(*values: int) -> np.ndarray:
-    grey = np.full((60, 80), values[0], np.uint8)
-    for number, value in enumerate(values[1:]):
-        grey[10:50, 5 + 15 * number : 17 + 15 * number] = value
-    return grey
-
-
-@pytest.mark.parametrize(
-    "values",
-    [(0, 1, 2), (0, 15, 255), (0, 1, 255), (0, 85, 170, 255), (0, 100, 255), (1, 2), (100, 200), (0, 20, 240, 255)],
-)
-def test_class_maps_are_refused(tmp_path, values):
-    refused(save(tmp_path / "m.png", classes(*values)), "grey levels", read_mask)
-
-
-def test_a_class_map_saved_as_jpeg_is_refused(tmp_path):
-    refused(save(tmp_path / "m.jpg", classes(0, 15, 255), quality=90), "grey levels", read_mask)
-
-
-def test_soft_maps_photographs_and_colours_are_refused(tmp_path):
-    y, x = np.mgrid[:100, :100]
-    refused(
-        save(tmp_path / "soft.png", (255 * np.exp(-((y - 50) ** 2 + (x - 50) ** 2) / 900)).astype(np.uint8)),
-        "grey",
-        read_mask,
-    )
-    refused(save(tmp_path / "photo.png", picture()), "colours", read_mask)
-    colours = np.zeros((20, 20, 3), np.uint8)
-    colours[2:6, 2:6] = (255, 0, 0)
-    colours[10:16, 2:6] = (0, 255, 0)
-    refused(save(tmp_path / "two.png", colours), "colours", read_mask)
-    Image.fromarray(colours).quantize(4).save(tmp_path / "palette.png")
-    refused(tmp_path / "palette.png", "colours", read_mask)
-    colours[10:16] = 0
-    assert read_mask(save(tmp_path / "one.png", colours)).mask.sum() == 16
-
-
-def test_transparency_of_masks(tmp_path):
-    painted = np.zeros((40, 60, 4), np.uint8)
-    painted[..., 3] = disc() * np.uint8(255)  # black paint on nothing
-    reading = read_mask(save(tmp_path / "painted.png", painted))
-    assert np.array_equal(reading.mask, disc())
-    assert reading.remarks[0].startswith("alpha:")
-    hidden = np.full((40, 60, 4), 255, np.uint8)
-    hidden[:, :30, :3] = 0
-    hidden[:20, :, 3] = 0  # white that cannot be seen
-    mask = read_mask(save(tmp_path / "hidden.png", hidden)).mask
-    assert mask.sum() == 20 * 30
-    assert mask[20:, 30:].all()
-
-
-def test_mask_is_turned_as_its_image_is(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    corner = np.zeros((40, 60), np.uint8)
-    corner[:10, :10] = 255
-    mask = read_mask(save(tmp_path / "m.png", corner, exif=exif)).mask
-    assert mask.shape == (60, 40)
-    assert mask[:10, 30:].all()
-    assert mask.sum() == 100
-
-
-@pytest.mark.skipif(not (SHARED / "isic").is_dir(), reason="the ISIC masks are not here")
-@pytest.mark.parametrize("folder", ["isic", "ham10000", "cxr_lungs"])
-def test_no_real_mask_is_changed(folder):
-    files = sorted((SHARED / folder / "masks").iterdir())
-    for file in files[:: max(1, len(files) // 150)]:
-        result = read_mask(file)
-        assert not {remark.split(":")[0] for remark in result.remarks} - {"empty", "full"}
-        with Image.open(file) as stored:
-            assert np.array_equal(result.mask, np.asarray(stored.convert("L")) > 127)
