@@ -71,13 +71,29 @@ def finetune(args: argparse.Namespace, name: str, weights: str, fraction: float,
     fewmask("evaluate", str(out), str(args.data), "--manifest", args.manifest)
 
 
+def finished(args: argparse.Namespace, arm: str, fraction: float) -> dict[int, list]:
+    """Return the test rows of every finished run of an arm and a share of the masks, by seed."""
+    paths = {seed: args.out / arm / f"{fraction:g}-{seed}" / "cases_test.csv" for seed in range(args.seeds)}
+    return {seed: read_case_csv(path) for seed, path in paths.items() if path.exists()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which data are learnt from, where the runs go and how many there are."""
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--manifest", default="manifest.csv")
+    parser.add_argument("--unlabelled", type=Path, nargs="*", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.1, 1.0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+
+
 def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     """Return what is finished so far, ready for JSON."""
     cells, differences, found = [], [], {}
     for name in arms:
         for fraction in args.fractions:
-            paths = {s: args.out / name / f"{fraction:g}-{s}" / "cases_test.csv" for s in range(args.seeds)}
-            found[name, fraction] = {s: read_case_csv(path) for s, path in paths.items() if path.exists()}
+            found[name, fraction] = finished(args, name, fraction)
     for (name, fraction), by_seed in found.items():
         if not by_seed:
             continue
@@ -97,16 +113,10 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
 def main() -> None:
     """Run the arms one after another and write table.json after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--manifest", default="manifest.csv")
-    parser.add_argument("--unlabelled", type=Path, nargs="*", default=[])
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--arm", action="append", default=[], help="a recipe and settings; the control always runs")
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.1])
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pretrain-time", default="10m")
     parser.add_argument("--finetune-time", default="4m")
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()
     arms: dict[str, list[str] | None] = {CONTROL: None, **dict(map(parse_arm, args.arm))}

@@ -16,10 +16,10 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.continued_pretraining import MODEL, data_settings, fewmask
+from benchmarks.continued_pretraining import MODEL, add_options, data_settings, fewmask, finished
 from fewmask.commands.table import average_seeds, describe_cell
 from fewmask.engine.run import read_json, write_json
-from fewmask.evaluate.score import compare, read_case_csv
+from fewmask.evaluate.score import compare
 
 ALONE = ("distill.method.losses={}", "distill.unlabelled=false")
 TAUGHT = ("distill.method.losses={}", "distill.method.pseudo_weight=1.0", "distill.predict_once=true")
@@ -54,12 +54,11 @@ def table(args: argparse.Namespace) -> dict:
     for fraction in args.fractions:
         found = {}
         for arm in arms:
-            paths = {s: args.out / arm / f"{fraction:g}-{s}" / "cases_test.csv" for s in range(args.seeds)}
-            found[arm] = {s: read_case_csv(path) for s, path in paths.items() if path.exists()}
+            found[arm] = finished(args, arm, fraction)
             if found[arm]:
                 cells.append({"arm": arm, "fraction": fraction, **describe_cell(found[arm])})
                 stage = "finetune" if arm == "teacher" else "distill"
-                first = next(iter(paths.values())).parent / stage / "stage.json"
+                first = args.out / arm / f"{fraction:g}-{min(found[arm])}" / stage / "stage.json"
                 stages[f"{arm} {fraction:g}"] = read_json(first)
         pairs = [(f"{r}-taught", other) for r in args.students for other in (f"{r}-alone", "teacher")]
         for arm, other in pairs:
@@ -74,16 +73,10 @@ def table(args: argparse.Namespace) -> dict:
 def main() -> None:
     """Run the cells, all shares with one seed before the next seed, and write table.json after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--manifest", default="manifest.csv")
-    parser.add_argument("--unlabelled", type=Path, nargs="*", default=[])
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser)
     parser.add_argument("--students", nargs="+", default=list(RECIPES))
-    parser.add_argument("--fractions", type=float, nargs="+", default=[0.01, 0.1, 1.0])
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--teacher-time", default="4m")
     parser.add_argument("--student-time", default="4m")
-    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     args = parser.parse_args()
     for seed in range(args.seeds):

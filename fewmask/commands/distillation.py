@@ -53,12 +53,12 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     _, remarks = learnt_by_teachers(files, data.of_split("test"))
     for remark in remarks if section.teachers else []:
         Progress("distill").close(remark)
-    teachers_known = check_same_teachers(stage, files)
+    digests = check_same_teachers(stage, files)
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]
     weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
     objective = objective_for("distill", recipe, weights, teachers=models)
-    once = partial(remember, run, recipe, data, files, models) if section.predict_once else None
+    once = partial(remember, run, recipe, data, digests, models) if section.predict_once else None
     loader = stream(recipe, section, data, once)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
@@ -67,7 +67,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
         "num_labelled": len(data.labelled),
         "weights": weights,
         "excluded": data.excluded,
-        "teacher_hashes": teachers_known,
+        "teacher_digests": digests,
     }
     finish(stage, path, product, section, objective, loader, facts)
     return path
@@ -106,9 +106,14 @@ def check_before_training(recipe: Recipe) -> None:
     objective_for("distill", recipe, "none", teachers=[stand_in])
 
 
+def digests_of(files: Sequence[Path]) -> list[str]:
+    """Return 16 hex digits for the content of each file."""
+    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+
+
 def check_same_teachers(stage: Stage, files: Sequence[Path]) -> list[str]:
     """Return the digests of the teachers' files; a UserError where a begun distillation had others."""
-    digests = [hashlib.blake2b(file.read_bytes(), digest_size=12).hexdigest() for file in files]
+    digests = digests_of(files)
     path = stage.folder / "teachers.json"
     begun = any((stage.folder / "checkpoints").glob("step_*"))
     if begun and path.exists() and read_json(path) != digests:
@@ -124,7 +129,7 @@ def remember(
     run: Run,
     recipe: Recipe,
     data: Prepared,
-    files: Sequence[Path],
+    digests: Sequence[str],
     teachers: Sequence[Segmenter],
     indices: Sequence[int],
 ) -> np.ndarray:
@@ -132,11 +137,9 @@ def remember(
     precision, size = resolve_precision(recipe.run), recipe.model.size
     # The fingerprint knows what each name shows, and the names which row is whose: folders may come in another order.
     rows = [(index, data.dataset.names[index]) for index in sorted(indices)]
-    known = [VERSION, data.dataset.images.shape, run.info["data"]["fingerprint"], size, precision, rows]
-    digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=12)
-    for file in files:
-        digest.update(file.read_bytes())
-    path = cache_folder(recipe) / "predictions" / f"{digest.hexdigest()}.npy"
+    known = [VERSION, data.dataset.images.shape, run.info["data"]["fingerprint"], size, precision, rows, digests]
+    key = hashlib.blake2b(json.dumps(known).encode(), digest_size=12).hexdigest()
+    path = cache_folder(recipe) / "predictions" / f"{key}.npy"
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return predict_all(path, teachers, data.dataset, indices, size, accelerator_for(recipe.run).device, half)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fewmask.commands.distillation import distill, find_teachers
+from fewmask.commands.distillation import digests_of, distill, find_teachers
 from fewmask.commands.ensemble import EnsemblePredictor
 from fewmask.commands.evaluate import evaluate_cases, score_into
 from fewmask.commands.prepare import Prepared, prepare
@@ -171,7 +170,7 @@ def model_files(teachers: Iterable[Path]) -> list[Path]:
 
 def fingerprints(teachers: Iterable[Path]) -> list[str]:
     """Return 16 hex digits for the content of each teacher's model file."""
-    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in model_files(teachers)]
+    return digests_of(model_files(teachers))
 
 
 def scored(folder: Path) -> set[str]:
