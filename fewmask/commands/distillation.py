@@ -14,7 +14,6 @@ import torch
 
 from fewmask.commands.predictions import predict_all
 from fewmask.commands.prepare import Prepared, cache_folder
-from fewmask.commands.provenance import learnt_by_teachers
 from fewmask.commands.select import SELECTION, chosen_folders
 from fewmask.commands.stages import finish, objective_for
 from fewmask.config import DistillSection, Recipe
@@ -23,7 +22,7 @@ from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
 from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
-from fewmask.engine.stage import Progress, Stage
+from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import Row, read_case_csv
 from fewmask.evaluate.score import compare
 from fewmask.evaluate.validation import Validation
@@ -38,8 +37,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     """Train the recipe's student from the teachers, chosen by validation Dice; return the path of its weights.
 
     `teachers` are model files or run folders. Images without a mask, but for those that a test image's patient or copy
-    shows, take part unless `distill.unlabelled` is false. Raises UserError for a teacher that cannot be one, or that
-    has learnt from a test image.
+    shows, take part unless `distill.unlabelled` is false. Raises UserError for a teacher that cannot be one.
     """
     section, stage = recipe.distill, Stage(run, "distill", budget, recipe.run.clock)
     assert section is not None
@@ -50,9 +48,6 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     if not files:
         raise UserError("There is no teacher to learn from; give one, for example distill.teachers='[\"RUN\"]'.")
     check_section(section)
-    _, remarks = learnt_by_teachers(files, data.of_split("test"))
-    for remark in remarks if section.teachers else []:
-        Progress("distill").close(remark)
     digests = check_same_teachers(stage, files)
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]

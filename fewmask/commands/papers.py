@@ -9,6 +9,7 @@ from typing import Any
 
 from fewmask.commands.tables import LABEL_FRACTIONS
 from fewmask.config import Recipe
+from fewmask.models.vit import VIT_SHAPES
 from fewmask.pretrain import PRETRAINERS
 
 NOT_SAID = "not said"
@@ -187,4 +188,8 @@ def _method(recipe: Recipe) -> dict[str, Any]:
 
 def _method_value(recipe: Recipe, key: str) -> Any:
     method = _method(recipe)
-    return method.get(key, inspect.signature(PRETRAINERS[method["name"]]).parameters[key].default)
+    value = method.get(key, inspect.signature(PRETRAINERS[method["name"]]).parameters[key].default)
+    as_encoder = {"decoder_dim": "dim", "decoder_heads": "heads"}.get(key)
+    if value is None and as_encoder and recipe.model.encoder in VIT_SHAPES:
+        return getattr(VIT_SHAPES[recipe.model.encoder], as_encoder)
+    return value

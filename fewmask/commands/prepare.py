@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewmask import __version__
+from fewmask.commands.provenance import given_models, learnt_before, public_id, run_of
 from fewmask.config import DataSection, Recipe
 from fewmask.data.audit import audit
 from fewmask.data.cache import CachedDataset, build_cache
@@ -20,8 +20,6 @@ from fewmask.data.splits import assign_splits, hold_out_fold, label_subset
 from fewmask.engine.run import Run, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
-
-PUBLIC_ID = re.compile(r"ISIC_\d{7}|IMD\d{3}")  # names that mean the same photo in every public set
 
 
 @dataclass
@@ -43,8 +41,8 @@ class Prepared:
 def prepare(run: Run, recipe: Recipe) -> Prepared:
     """Load, audit, split and cache the data; writes audit.json and cases.csv into the run.
 
-    Raises a UserError when the audit finds errors, when the data are not those the run began with, or when there are
-    too few masks to train and to validate on.
+    Raises a UserError when the audit finds errors, when the data are not those the run began with, when there are too
+    few masks to train and to validate on, or when a model that the recipe names has learnt from a test image.
     """
     settings = recipe.data
     if settings.root is None:
@@ -70,7 +68,12 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     copies = copies_of_test(cases, linked)
     uses = _uses(cases, chosen, copies)
     write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])
-    _remember(run.folder, cases, uses)
+    models = [model for model in given_models(recipe) if run_of(model) != run.folder]
+    learnt, sentences = learnt_before(models, [case for case in cases if case.split == "test"])
+    for sentence in sentences:
+        Progress("check").close(sentence)
+    run.record_data({**facts, "given": sentences})
+    _remember(run.folder, cases, uses, learnt)
     kept = [case for case in cases if case.split != "test"]
     dataset = cached(kept, recipe)
     index = {case.name: number for number, case in enumerate(kept)}
@@ -158,12 +161,6 @@ def copies_of_test(cases: Sequence[Case], linked: Sequence[tuple[str, str]]) -> 
     return {case.name for case in cases if case.name in found and case.split not in ("test", "val")}
 
 
-def public_id(image: Path) -> str | None:
-    """Return the public identifier that a file's name begins with, as in ISIC_0000002_downsampled.jpg, or None."""
-    match = PUBLIC_ID.match(image.stem)
-    return match.group() if match else None
-
-
 def _uses(cases: Sequence[Case], chosen: set[str], copies: set[str]) -> dict[str, str]:
     """Say for each case what it may be used for: nothing of a test image's patient is learnt from.
 
@@ -186,7 +183,11 @@ def _uses(cases: Sequence[Case], chosen: set[str], copies: set[str]) -> dict[str
     return uses
 
 
-def _remember(folder: Path, cases: Sequence[Case], uses: dict[str, str]) -> None:
-    """Write contents.json: what each image was used for, by its content, so that `evaluate` knows it anywhere."""
+def _remember(folder: Path, cases: Sequence[Case], uses: dict[str, str], before: Collection[str]) -> None:
+    """Write contents.json: what each image was used for, by its content, so that `evaluate` knows it anywhere.
+
+    `before` is the content of what the models that this run starts from have learnt: it is not new to this run either.
+    """
     hashes = content_hashes(cases)
-    write_json(folder / "contents.json", {hashes[case.image]: uses[case.name] for case in cases})
+    own = {hashes[case.image]: uses[case.name] for case in cases}
+    write_json(folder / "contents.json", dict.fromkeys(sorted(before), "labelled") | own)

@@ -1,53 +1,79 @@
-"""What ready-made teachers have learnt from, so that none of it is scored as if it had never been seen."""
+"""What given models have learnt from, so that nothing is scored as if it had never been seen."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fewmask.commands.prepare import public_id
+from fewmask.config import Recipe
 from fewmask.data.contents import content_hashes
 from fewmask.engine.run import read_json
+from fewmask.models.weights import WORDS
 from fewmask.types import Case, UserError
 
-LEARNT = ("labelled", "validation")  # a model is chosen by what validates it
+PUBLIC_ID = re.compile(r"ISIC_\d{7}|IMD\d{3}")  # names that mean the same photo in every public set
+MASKS = ("labelled", "validation")  # a model is chosen by what validates it
+PICTURES = ("unlabelled",)
 
 
-def learnt_by_teachers(teachers: Sequence[Path], tests: Sequence[Case]) -> tuple[set[str], list[str]]:
-    """Return the content of the images whose masks the teachers have learnt from, and a sentence for each teacher.
+def public_id(image: Path) -> str | None:
+    """Return the public identifier that a file's name begins with, as in ISIC_0000002_downsampled.jpg, or None."""
+    match = PUBLIC_ID.match(image.stem)
+    return match.group() if match else None
 
-    Known are those of teachers that lie in their run folder. Raises a UserError where a test image is among them, by
-    content or by public identifier.
+
+def given_models(recipe: Recipe) -> list[Path]:
+    """Return the runs and model files that a recipe names, as weights to start from or as teachers."""
+    named = [recipe.model.weights, recipe.student.weights]
+    weights = [Path(word) for word in named if word not in WORDS]
+    teachers = recipe.distill.teachers if recipe.distill else ()
+    return [path for path in dict.fromkeys([*weights, *teachers]) if path.exists()]
+
+
+def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> tuple[set[str], list[str]]:
+    """Return the content of the images whose masks the models have learnt from, and a sentence for each model.
+
+    Known are those of models that lie in their run folder. Raises a UserError where a test image is among them, by
+    content or by public identifier. Test images that a model saw without their masks are told in its sentence.
     """
     hashes = {value: case.name for case, value in zip(tests, _contents(tests), strict=True)}
     learnt: set[str] = set()
-    remarks = []
-    for teacher in teachers:
-        run = run_of(teacher)
+    sentences = []
+    for model in models:
+        run = run_of(model)
         if run is None:
-            remarks.append(f"Teacher {teacher.name}: given, and what it has learnt from is not recorded beside it.")
+            sentences.append(f"Model {model.name}: given, and what it has learnt from is not recorded beside it.")
             continue
-        uses: dict[str, str] = read_json(run / "contents.json")
-        theirs = {content for content, use in uses.items() if use in LEARNT}
-        known = _public_ids(run / "cases.csv")
-        seen = {hashes[content] for content in theirs & hashes.keys()}
-        seen |= {case.name for case in tests if public_id(case.image) in known}
-        if seen:
+        theirs, met = _met(run, MASKS, hashes, tests)
+        if met:
             raise UserError(
-                f"The teacher {teacher} has learnt from {len(seen)} of the test images, such as {min(seen)}; give one "
-                "that was trained with the same split."
+                f"{model} has learnt from {len(met)} of the test images, such as {min(met)}; give a model that was "
+                "trained with the same split."
             )
         learnt |= theirs
-        remarks.append(f"Teacher {teacher.name}: given, and trained on {len(theirs)} masks, none of a test image.")
-    return learnt, remarks
+        _, seen = _met(run, PICTURES, hashes, tests)
+        without = f"; it saw {len(seen)} of these without their masks" if seen else ""
+        sentences.append(
+            f"Model {model.name}: given, and trained on {len(theirs)} masks, none of a test image{without}."
+        )
+    return learnt, sentences
 
 
-def run_of(teacher: Path) -> Path | None:
-    """Return the run folder that a teacher lies in, None where there is none that tells what it has learnt from."""
+def run_of(model: Path) -> Path | None:
+    """Return the run folder that a model lies in, None where there is none that tells what it has learnt from."""
     # A candidate of a selection lies two folders deeper than a run's own segmenter.
-    places = [teacher, *teacher.parents[:4]] if teacher.is_file() else [teacher]
+    places = [model, *model.parents[:4]] if model.is_file() else [model]
     return next((place for place in places if (place / "contents.json").is_file()), None)
+
+
+def _met(run: Path, uses: Sequence[str], hashes: dict[str, str], tests: Sequence[Case]) -> tuple[set[str], set[str]]:
+    """Return the content of all that a run used so, and the names of the test images among it."""
+    theirs = {content for content, use in read_json(run / "contents.json").items() if use in uses}
+    known = _public_ids(run / "cases.csv", uses)
+    met = {hashes[content] for content in theirs & hashes.keys()}
+    return theirs, met | {case.name for case in tests if public_id(case.image) in known}
 
 
 def _contents(cases: Sequence[Case]) -> list[str]:
@@ -55,10 +81,10 @@ def _contents(cases: Sequence[Case]) -> list[str]:
     return [hashes[case.image] for case in cases]
 
 
-def _public_ids(path: Path) -> set[str]:
-    """Return the public identifiers of the images that a run's cases.csv says it has learnt from."""
+def _public_ids(path: Path, uses: Sequence[str]) -> set[str]:
+    """Return the public identifiers of the images that a run's cases.csv says it has used so."""
     if not path.is_file():
         return set()
     with path.open(newline="", encoding="utf-8") as file:
-        found = {public_id(Path(row["image"])) for row in csv.DictReader(file) if row["use"] in LEARNT}
+        found = {public_id(Path(row["image"])) for row in csv.DictReader(file) if row["use"] in uses}
     return {identifier for identifier in found if identifier is not None}

@@ -12,7 +12,7 @@ from fewmask.commands.cost import note_costs
 from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
 from fewmask.commands.jobs import NotTrainedError, fingerprints, run_job
 from fewmask.commands.page import markdown, write_markdown
-from fewmask.commands.provenance import learnt_by_teachers
+from fewmask.commands.provenance import learnt_before
 from fewmask.commands.table import Scene, measure
 from fewmask.commands.tables import Pretrained, Student
 from fewmask.data.contents import content_hashes, fingerprint
@@ -106,7 +106,7 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
             f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored "
             "on the same images, so fill the manifest's column 'split', or give another --manifest."
         )
-    learnt, remarks = learnt_by_teachers(order.grid.teachers, [case for case in masked if case.split == "test"])
+    learnt, remarks = learnt_before(order.grid.teachers, [case for case in masked if case.split == "test"])
     to_score, facts = _unseen(order, unseen, cases, learnt) if unseen is not None else ([], {})
     splits = {case.name: str(case.split or "train") for case in masked}
     known: dict[str, Any] = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}

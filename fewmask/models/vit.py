@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class VitShape(NamedTuple):
 
 
 VIT_SHAPES = {
+    "vit_micro_patch8": VitShape(8, 128, 4, 6),  # ours: a quarter of ViT-Tiny, for pre-training on a few cores
     "vit_tiny_patch16": VitShape(16, 192, 3),
     "vit_tiny_patch8": VitShape(8, 192, 3),
     "vit_small_patch16": VitShape(16, 384, 6),
@@ -37,23 +39,24 @@ class Vit(Encoder):
     The position embedding is learnt and starts as the sine-cosine code of MAE (our choice: small sets leave little
     time to learn it from noise). `size` is a multiple of the patch; an image of another multiple gets a resampled
     position embedding. `out_blocks` are the blocks, counted from 1, whose outputs are the features, all at the
-    stride of the patch and all through the last LayerNorm. Raises UserError for a size or block that does not exist.
+    stride of the patch and all through the last LayerNorm; one at the end of each
+    quarter of the depth by default. Raises UserError for a size or block that does not exist.
     """
 
     kind: Literal["vit"] = "vit"
 
-    def __init__(
-        self, name: str, size: int, drop_path: float = 0.0, out_blocks: tuple[int, ...] = (3, 6, 9, 12)
-    ) -> None:
+    def __init__(self, name: str, size: int, drop_path: float = 0.0, out_blocks: tuple[int, ...] | None = None) -> None:
         shape = VIT_SHAPES[name]
         check_divisible(size, shape.patch, name)
+        if out_blocks is None:
+            out_blocks = tuple(math.ceil(shape.depth * quarter / 4) for quarter in (1, 2, 3, 4))
         check_blocks(out_blocks, shape.depth)
         if not 0 <= drop_path < 1:
             raise UserError(
                 f"Setting 'model.encoder_settings.drop_path' is a probability below 1 and cannot be {drop_path}."
             )
         super().__init__(name, size, {"drop_path": drop_path, "out_blocks": list(out_blocks)})
-        self.patch, self.dim, self.out_blocks = shape.patch, shape.dim, tuple(out_blocks)
+        self.patch, self.dim, self.heads, self.out_blocks = shape.patch, shape.dim, shape.heads, tuple(out_blocks)
         self.strides, self.channels = (shape.patch,) * len(out_blocks), (shape.dim,) * len(out_blocks)
         self.body: Any = VisionTransformer(
             img_size=size, patch_size=shape.patch, embed_dim=shape.dim, depth=shape.depth, num_heads=shape.heads,

@@ -37,9 +37,9 @@ ADVICE = (
 class G2LL(Objective):
     """Global-to-local self-supervision (G2LL, ISBI 2023): reconstruction plus same-view self-distillation.
 
-    Paper: two colour-augmented views u, v of one crop; the student (MAE, decoder of 2 blocks, 384 wide, 6 heads) sees
-    each masked, the teacher each unmasked, and each view is paired with itself. With the global feature cls, a 3-layer
-    projector P and the running centre C of the teacher's scores:
+    Paper: two colour-augmented views u, v of one crop; the student (MAE on ViT-S, decoder of 2 blocks, 384 wide, 6
+    heads) sees each masked, the teacher each unmasked, and each view is paired with itself. With the global feature
+    cls, a 3-layer projector P and the running centre C of the teacher's scores:
 
         L_MSE     = mean over masked patches of (reconstruction - patch)^2                                    (eq. 3)
         L_distill = - sum over x in {u, v} of softmax((P_t(cls_t(x)) - C) / tau_t) . log softmax(P_s(cls_s(x')) / tau_s)
@@ -48,10 +48,11 @@ class G2LL(Objective):
     Masks: 25 % of the patches by superpixel, "semantic_focal" (beta = 0.7), "semantic", or "random". SLIC: 8 segments.
 
     Code (DINO): the teacher is the student's running average, momentum 0.996 -> 1 by a cosine; tau_t 0.04, tau_s 0.1,
-    centre 0.9; the projector's form and sizes. Ours: 4,096 prototypes where DINO has 65,536 for 1.2 M images; a mask
-    of its own for each of u and v; the mean over images of the sum over views; crop and flips as MAE; `norm_pix`; a CNN
-    sees painted pixels and its global feature is the mean of the coarsest map (see `HiddenPixels`); the guard against
-    collapse, which stops after `collapse_patience` steps (0: never).
+    centre 0.9; the projector's form and sizes. Ours: the decoder is as wide as the encoder unless told; 4,096
+    prototypes where DINO has 65,536 for 1.2 M images; a mask of its own for each of u and v; the mean over images of
+    the sum over views; crop and flips as MAE; `norm_pix`; a CNN sees painted pixels and its global feature is the mean
+    of the coarsest map (see `HiddenPixels`); the guard against collapse, which stops after `collapse_patience` steps
+    (0: never).
 
     Raises UserError for settings that cannot work and, when called, for a batch of one image or without superpixels.
     """
@@ -65,9 +66,9 @@ class G2LL(Objective):
         num_segments: int = 8,
         mask_patch: int | None = None,
         norm_pix: bool = False,
-        decoder_dim: int = 384,
+        decoder_dim: int | None = None,
         decoder_depth: int = 2,
-        decoder_heads: int = 6,
+        decoder_heads: int | None = None,
         num_prototypes: int = 4096,
         projector_hidden: int = 2048,
         projector_bottleneck: int = 256,

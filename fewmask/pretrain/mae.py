@@ -12,7 +12,7 @@ from fewmask.models.vit import Vit
 from fewmask.objective import Objective
 from fewmask.pretrain.crops import CropViews
 from fewmask.pretrain.masking import split_indices
-from fewmask.pretrain.patch_decoder import PatchDecoder
+from fewmask.pretrain.patch_decoder import decoder_for
 from fewmask.pretrain.patches import patchify, take, unpatchify
 from fewmask.pretrain.structure import MaskName, build_masking
 from fewmask.types import Batch, UserError, Views
@@ -26,9 +26,10 @@ class MAE(Objective):
     The encoder sees the visible patches only; a light decoder predicts the pixels of the masked ones; the loss is the
     squared error averaged over masked patches and their pixels. Paper (MAE): ratio 0.75, crop (0.2, 1) and flip,
     decoder sine-cosine positions, `norm_pix` (off in G2LL's equation, on in MAE's best rows). Paper (G2LL): decoder of
-    2 blocks, 384 wide, 6 heads, where MAE's own is 8 blocks of 512. Ours: pixels are those of the
-    normalised image; `vertical_flip` adds the other mirror axis, which pictures of skin allow and radiographs do not.
-    `mask` may follow superpixels as in G2LL's table 2.
+    2 blocks, 384 wide, 6 heads on ViT-S, where MAE's own is 8 blocks of 512. Ours: the decoder's width and heads are
+    the encoder's unless told, as they are there; pixels are those of the normalised image; `vertical_flip` adds the
+    other mirror axis, which pictures of skin allow and radiographs do not. `mask` may follow superpixels
+    as in G2LL's table 2.
     Raises UserError for an encoder that is no ViT or a ratio that leaves nothing visible or nothing masked.
     """
 
@@ -37,9 +38,9 @@ class MAE(Objective):
         encoder: Encoder,
         mask_ratio: float = 0.75,
         norm_pix: bool = False,
-        decoder_dim: int = 384,
+        decoder_dim: int | None = None,
         decoder_depth: int = 2,
-        decoder_heads: int = 6,
+        decoder_heads: int | None = None,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         vertical_flip: bool = True,
         mask: MaskName = "random",
@@ -56,9 +57,7 @@ class MAE(Objective):
         slic = Slic(num_segments)
         self.slic = None if mask == "random" else slic
         self.masking = build_masking(mask, encoder.num_patches, mask_ratio, focal_share, slic.num_labels)
-        self.decoder = PatchDecoder(
-            encoder.dim, encoder.grid, encoder.patch, decoder_dim, decoder_depth, decoder_heads
-        )  # fmt: skip
+        self.decoder = decoder_for(encoder, decoder_dim, decoder_depth, decoder_heads)
         self.norm_pix = norm_pix
         self.crop_scale = crop_scale
         self.vertical_flip = vertical_flip

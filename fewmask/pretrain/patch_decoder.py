@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.models.attention import Attention, attend
-from fewmask.models.vit import sine_cosine
+from fewmask.models.vit import Vit, sine_cosine
 from fewmask.pretrain.patches import take
 from fewmask.types import UserError
 
@@ -50,6 +50,15 @@ class PatchDecoder(nn.Module):
         for block in blocks:
             x = block(x)
         return self.head(self.norm(last_tokens(last, x, masked.shape[1])))
+
+
+def decoder_for(encoder: Vit, dim: int | None, depth: int, heads: int | None) -> PatchDecoder:
+    """Return a decoder for an encoder, with its width and number of heads where `dim` and `heads` are None.
+
+    Paper (G2LL): 384 and 6, which are those of its encoder, ViT-S. Raises UserError for a shape that cannot be.
+    """
+    dim, heads = encoder.dim if dim is None else dim, encoder.heads if heads is None else heads
+    return PatchDecoder(encoder.dim, encoder.grid, encoder.patch, dim, depth, heads)
 
 
 def last_tokens(block: Any, x: Tensor, num: int) -> Tensor:

@@ -12,7 +12,7 @@ from fewmask.models import Encoder
 from fewmask.models.vit import Vit, as_map
 from fewmask.pretrain.mae import patch_statistics
 from fewmask.pretrain.masking import split_indices
-from fewmask.pretrain.patch_decoder import PatchDecoder
+from fewmask.pretrain.patch_decoder import decoder_for
 from fewmask.pretrain.patches import enlarge_mask, patchify, take, unpatchify
 from fewmask.pretrain.self_distillation import pooled_first
 from fewmask.types import UserError
@@ -32,11 +32,11 @@ class Hidden(NamedTuple):
 
 
 class DecoderShape(NamedTuple):
-    """Width, number of blocks and number of heads of the decoder (paper, G2LL: 384, 2, 6)."""
+    """Width, number of blocks and number of heads of the decoder, see `decoder_for`."""
 
-    dim: int
+    dim: int | None
     depth: int
-    heads: int
+    heads: int | None
 
 
 class MaskedStudent(nn.Module, ABC):
@@ -85,7 +85,7 @@ class VisibleTokens(MaskedStudent):
 
     def __init__(self, encoder: Vit, decoder: DecoderShape, norm_pix: bool) -> None:
         super().__init__(encoder, encoder.patch, norm_pix)
-        self.decoder = PatchDecoder(encoder.dim, encoder.grid, encoder.patch, *decoder)
+        self.decoder = decoder_for(encoder, *decoder)
 
     def tokens(self, image: Tensor, hidden: Hidden) -> Tensor:
         """Return the class token and the visible patches' tokens."""

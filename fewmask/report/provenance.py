@@ -116,6 +116,7 @@ def making(record: Record) -> dict[str, Any]:
         ("Data", str(data.get("root") or NONE)),
         ("Cases", count(data.get("num_cases"))),
         ("Fingerprint of the data", str(data.get("fingerprint") or NONE)[:16]),
+        ("Models it started from", " ".join(map(str, _list(data, "given"))) or NONE),
         ("Device", str(run.get("device") or NONE)),
         ("CPU threads", count(run.get("threads"))),
     ]

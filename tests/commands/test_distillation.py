@@ -146,7 +146,10 @@ def test_predictions_belong_to_their_images_whatever_the_order_of_folders(taught
     assert len(list((default_cache_folder() / "predictions").iterdir())) == 2
 
 
-def test_a_teacher_that_learnt_from_a_test_image_is_refused(taught, data, tmp_path, fewmask):
+@pytest.mark.parametrize(
+    "words", [("distill", "tiny_unet", 'distill.teachers=["{}"]'), ("finetune", "unet", "model.weights={}")]
+)
+def test_a_model_that_learnt_from_a_test_image_is_refused(taught, data, tmp_path, fewmask, words):
     used = {Path(row["image"]).name: row for row in table(taught / "cases.csv")}
     moved = next(row["group"] for row in used.values() if row["use"] == "labelled")
     rows = table(data / "manifest.csv")
@@ -156,11 +159,25 @@ def test_a_teacher_that_learnt_from_a_test_image_is_refused(taught, data, tmp_pa
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    words = (f"data.root={data}", f"run.out={tmp_path / 'out'}", *STUDENT, f'distill.teachers=["{taught}"]')
-    code, _, err = fewmask("distill", "tiny_unet", *words)
+    *verb, setting = words
+    code, _, err = fewmask(
+        *verb, f"data.root={data}", f"run.out={tmp_path / 'out'}", "model.size=32", setting.format(taught)
+    )
     assert code == 1
     assert "of the test images" in err
-    assert not (tmp_path / "out" / "distill" / "stage.json").exists()
+    assert not list((tmp_path / "out").glob("*/stage.json"))
+
+
+def test_what_a_teacher_learnt_is_not_new_to_its_student(taught, drawn, tmp_path, fewmask):
+    other, out = make_dataset(tmp_path / "other", 8, 0, size=(64, 80), seed=7), tmp_path / "student"
+    words = (f"data.root={other}", f"run.out={out}", f'distill.teachers=["{taught}"]', *STUDENT)
+    code, _, err = fewmask("distill", "tiny_unet", *words)
+    assert code == 0, err
+    learnt = sum(row["use"] in ("labelled", "validation") for row in table(taught / "cases.csv"))
+    assert f"Model {taught.name}: given, and trained on {learnt} masks, none of a test image." in err
+    code, _, err = fewmask("evaluate", out, drawn, "--split", "all")
+    assert code == 0, err
+    assert f"{learnt} images were left out: the run has learnt from them" in err
 
 
 def test_a_chain_does_not_mix_clocks(drawn, tmp_path, fewmask):

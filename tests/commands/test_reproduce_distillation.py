@@ -13,7 +13,7 @@ import torch
 from fewmask.commands.cost import add_costs, teacher_files
 from fewmask.commands.distillation import load_teacher
 from fewmask.commands.grid import cells, place_order
-from fewmask.commands.provenance import learnt_by_teachers
+from fewmask.commands.provenance import learnt_before
 from fewmask.commands.reproduce import reproduce, survey
 from fewmask.commands.stages import objective_for
 from fewmask.commands.tables import TABLES, Student
@@ -183,7 +183,7 @@ def test_given_teachers_are_scored_as_an_ensemble_and_none_is_trained(finished, 
     assert scored.keys() == alone[0].keys()
     assert scored != alone[0]
     assert scored != alone[1]
-    assert "Teacher 1-0: given, and trained on" in (out / "table.md").read_text()
+    assert "Model 1-0: given, and trained on" in (out / "table.md").read_text()
     with pytest.raises(UserError, match=r"teachers=.*another --out"):
         run(split_data, out, *given, f"grid.teachers={json.dumps(pair[:1])}")
 
@@ -217,9 +217,11 @@ def test_a_test_image_is_known_by_its_public_identifier_too(tmp_path):
     (tmp_path / "contents.json").write_text("{}")
     (tmp_path / "cases.csv").write_text("image,use\nelsewhere/ISIC_0000001.jpg,validation\n")
     with pytest.raises(UserError, match="learnt from 1 of the test images"):
-        learnt_by_teachers([tmp_path], [Case("a", image)])
+        learnt_before([tmp_path], [Case("a", image)])
     (tmp_path / "cases.csv").write_text("image,use\nelsewhere/ISIC_0000001.jpg,unlabelled\n")
-    assert learnt_by_teachers([tmp_path], [Case("a", image)])[0] == set()
+    learnt, sentences = learnt_before([tmp_path], [Case("a", image)])
+    assert learnt == set()
+    assert "it saw 1 of these without their masks" in sentences[0]
 
 
 def test_what_a_given_teacher_learnt_from_is_not_unseen(finished, split_data, tmp_path):

@@ -68,6 +68,15 @@ def test_features_have_the_stated_strides_and_channels():
     assert [64 // f.shape[-1] for f in features] == list(encoder.strides) == [16, 16]
 
 
+@pytest.mark.parametrize(("name", "blocks"), [("vit_tiny_patch8", [3, 6, 9, 12]), ("vit_micro_patch8", [2, 3, 5, 6])])
+def test_features_come_from_the_end_of_each_quarter(name, blocks):
+    encoder = build_encoder(name, size=32).eval()
+    assert encoder.spec["settings"]["out_blocks"] == blocks
+    image = torch.rand(1, 3, 32, 32)
+    last = encoder.tokens(image)[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(encoder(image)[-1], last)
+
+
 @torch.no_grad()
 def test_positions_of_another_size_keep_the_class_token_and_interpolate():
     encoder = tiny()

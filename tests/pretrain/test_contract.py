@@ -141,7 +141,7 @@ def test_unknown_setting_lists_the_valid_ones(method):
         ("mae", "vit_tiny_patch16", {"mask_ratio": 0.0}, "mask ratio of 0.0 leaves nothing masked of the 16 patches"),
         ("mae", "vit_tiny_patch16", {"mask_ratio": 0.99}, "mask ratio of 0.99 leaves nothing visible"),
         ("mae", "vit_tiny_patch16", {"mask_ratio": -1.0}, "leaves nothing masked"),
-        ("mae", "vit_tiny_patch16", {"decoder_heads": 5}, "384 wide with 2 blocks of 5 heads cannot be built"),
+        ("mae", "vit_tiny_patch16", {"decoder_heads": 5}, "192 wide with 2 blocks of 5 heads cannot be built"),
         ("mae", "vit_tiny_patch16", {"decoder_depth": 0}, "decoder_depth at least 1"),
         ("mae", "resnet18", {}, "'mae' needs a ViT encoder, but 'resnet18' is a cnn"),
         ("simmim", "resnet18", {"mask_patch": 48}, "'mask_patch' = 48 does not divide the image size 64"),

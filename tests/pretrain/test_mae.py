@@ -84,3 +84,9 @@ def test_preview_shows_the_original_the_visible_and_the_visible_again(norm_pix):
     same = [(patchify(p, 16) == patchify(original, 16)).all(2) for p in (masked, painted)]
     assert torch.equal(same[0], ~mask)
     assert torch.equal(same[1], ~mask)
+
+
+@pytest.mark.parametrize(("name", "dim", "heads"), [("vit_small_patch16", 384, 6), ("vit_tiny_patch16", 192, 3)])
+def test_the_decoder_is_as_wide_as_the_encoder(name, dim, heads):
+    decoder = MAE(build_encoder(name, size=32)).decoder  # 384 and 6 on ViT-S are the paper's (G2LL)
+    assert [(block.attn.num_heads, block.mlp.fc1.in_features) for block in decoder.blocks] == [(heads, dim)] * 2
