@@ -85,11 +85,50 @@ def continued() -> list[str]:
     return lines
 
 
+PRETRAINED = (("g2ll_table1", "mae"), ("g2ll_table2", "mask-random"), ("tedmae", "mae"))
+
+
+def gain(found: dict[str, Any], cell: dict[str, Any], against: str) -> str:
+    """Return the paired difference of a cell's Dice on the test images to another row, in points, or nothing."""
+    for paired in found["differences"]:
+        if (paired["set"], paired["row"], paired["fraction"], paired["against"]) == (
+            "test", cell["row"], cell["fraction"], against,
+        ):  # fmt: skip
+            return f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
+    return ""
+
+
+def pretrained() -> list[str]:
+    """Return the papers' tables of pre-training, below one another."""
+    lines = []
+    for table, reference in PRETRAINED:
+        path = HERE / "results" / f"{table}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        elsewhere = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "unseen"}
+        epochs = {facts["row"]: facts["epochs"] for facts in found["pretraining"]}
+        lines += ["", f"**{found['title']}**", ""] if lines else [f"**{found['title']}**", ""]
+        lines.append(
+            f"| masks | row | epochs | Dice (95 % interval) | against random, points | against {reference} | unseen |"
+        )
+        lines.append("|---|---|--:|---|---|---|---|")
+        for cell in (cell for cell in found["rows"] if cell["set"] == "test"):
+            row, fraction = cell["row"], cell["fraction"]
+            lines.append(
+                f"| {100 * fraction:g} % | {row} | {epochs.get(row, 0):.1f} | {figure(cell['dice'])} | "
+                f"{gain(found, cell, 'random')} | {gain(found, cell, reference)} | {elsewhere[row, fraction]:.3f} |"
+            )
+    return lines
+
+
 def main() -> None:
     """Replace what stands between each pair of markers in the README."""
     readme = HERE.parent / "README.md"
     text = readme.read_text()
-    for name, made in (("results", runs()), ("students", students()), ("continued", continued())):
+    tables = {"results": runs, "pretrained": pretrained, "students": students, "continued": continued}
+    for name, make in tables.items():
+        made = make()
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
         _, after = rest.split(end)

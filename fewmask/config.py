@@ -144,8 +144,8 @@ class DistillSection(StageSection):
 
     `teachers` are run folders or model files; none, in a chain, means the segmenter the chain has just fine-tuned.
     With `unlabelled`, every image that may be learnt from takes part, and `labelled_share` of each batch has masks.
-    With `predict_once` the teachers look at each of these images once, before the training, and their answers move with
-    the augmentation: many times faster, for a student that learns from predictions alone (`method.losses={}`).
+    With `predict_once` the teachers look at each image once, before the training, and their answers move with the
+    augmentation: a step costs no more than the student's own, for losses that read predictions alone (kd, or none).
     """
 
     teachers: list[Path] = []

@@ -20,6 +20,7 @@ from fewmask.config import DistillSection, Recipe
 from fewmask.data.cache import VERSION
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
+from fewmask.distill.distill import KD_ALONE
 from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
@@ -30,6 +31,7 @@ from fewmask.models import Segmenter, build_encoder, build_segmenter, load_model
 from fewmask.types import UserError
 
 FROM_TEACHER = "teacher"
+LOGIT_LOSSES = ("kd",)
 TEACHER_STAGES = ("finetune", "distill")
 
 
@@ -54,7 +56,10 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
     objective = objective_for("distill", recipe, weights, teachers=models)
     once = partial(remember, run, recipe, data, digests, models) if section.predict_once else None
+    asked = stage.now()
     loader = stream(recipe, section, data, once)
+    if stage.budget is not None:  # asking the teachers is part of the time that was given
+        stage.budget = max(stage.budget - (stage.now() - asked), 0.5 * stage.budget)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
     facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
@@ -70,16 +75,23 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
 
 def check_section(section: DistillSection) -> None:
     """Raise a UserError where nothing would be learnt from the teachers, or not in the way asked for."""
-    losses, pseudo = section.method.get("losses"), section.method.get("pseudo_weight", 0)
-    if section.predict_once and losses != {}:
+    losses, pseudo = section.method.get("losses", KD_ALONE), section.method.get("pseudo_weight", 0)
+    if not section.predict_once:
+        return
+    if others := [name for name in losses if name not in LOGIT_LOSSES]:
         raise UserError(
-            "distill.predict_once keeps predictions alone, and distill.method.losses compares networks as they train: "
-            "set distill.method.losses={} and distill.method.pseudo_weight=1, or predict_once=false."
+            f"distill.predict_once keeps predictions alone, and '{others[0]}' compares networks as they train: name "
+            f"only {', '.join(LOGIT_LOSSES)} in distill.method.losses, or set predict_once=false."
         )
-    if section.predict_once and not (pseudo and section.unlabelled):
+    if not losses and not (pseudo and section.unlabelled):
         raise UserError(
-            "distill.predict_once predicts images without a mask, and nothing would learn from that: set "
-            "distill.method.pseudo_weight=1 and distill.unlabelled=true, or predict_once=false."
+            "With distill.predict_once and no loss nothing would learn from the predictions: set "
+            "distill.method.losses={kd={}}, or distill.method.pseudo_weight=1 and distill.unlabelled=true."
+        )
+    if losses and section.method.get("ensemble") == "mean_kl":
+        raise UserError(
+            "distill.predict_once keeps the mean of the teachers' predictions: set distill.method.ensemble=average, or "
+            "predict_once=false."
         )
 
 
@@ -142,24 +154,25 @@ def remember(
 def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callable[..., np.ndarray] | None) -> Stream:
     """Return the batches of a distillation: labelled images alone, or beside those without a mask.
 
-    `once`, where given, returns predictions for images without a mask, which then come with each batch.
+    `once`, where given, returns predictions for all of them, which then come with each batch.
     """
     labelled = set(data.labelled)
     others = [i for i in data.body if i not in labelled] if section.unlabelled else []
     seed, least = recipe.run.seed, section.min_epoch_steps
-    if not others and once is not None:
+    if not others and once is not None and not section.method.get("losses", KD_ALONE):
         raise UserError(
-            "distill.predict_once learns from images without a mask, and there are none: give data.unlabelled, or set "
-            "predict_once=false and distill.method.losses={kd={}}."
+            "distill.predict_once without losses learns from images without a mask, and there are none: give "
+            "data.unlabelled, or set distill.method.losses={kd={}}."
         )
+    predictions = once([*data.labelled, *others]) if once is not None else None
     if not others:
-        return Loader(data.dataset, data.labelled, section.batch_size, seed, least)
+        return Loader(data.dataset, data.labelled, section.batch_size, seed, least, predictions=predictions)
     num = min(max(round(section.labelled_share * section.batch_size), 1), section.batch_size - 1)
     if num < 1:
         raise UserError("distill.batch_size must be at least 2 to hold images with and without masks; raise it.")
-    known = Loader(data.dataset, data.labelled, num, seed, least)
-    maps = {"prediction": once(others)} if once is not None else None
-    return MixedLoader(known, Loader(data.dataset, others, section.batch_size - num, seed, least, maps))
+    known = Loader(data.dataset, data.labelled, num, seed, least, predictions=predictions)
+    unknown = Loader(data.dataset, others, section.batch_size - num, seed, least, predictions=predictions)
+    return MixedLoader(known, unknown)
 
 
 def find_teachers(path: Path) -> list[Path]:

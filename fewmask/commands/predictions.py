@@ -1,4 +1,4 @@
-"""What teachers say of every image without a mask, once, before a student learns from it."""
+"""What teachers say of every image, once, before a student learns from it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _answers(
         answers = (logits.sigmoid()[:, 0] * 255).round().byte().cpu().numpy()
         yield from zip(chosen.tolist(), answers, strict=True)
         line.count(min(start + BATCH, len(rows)), len(rows))
-    line.close(f"{len(rows)} images without a mask")
+    line.close(f"{len(rows)} images")
 
 
 def _write(path: Path, shape: tuple[int, int, int], answers: Iterator[tuple[int, np.ndarray]]) -> None:

@@ -33,7 +33,7 @@ XRAY_COLOUR = ColourJitter(0.25, 0.25, 0.0, 0.0)
 
 
 def stack_mask(batch: Batch) -> Tensor:
-    """Return a raw batch's picture, with its mask, if any, as a fourth channel: float32 (b, 3 or 4, c, c) in [0, 1].
+    """Return a raw batch's picture, then the channels of its mask, if any: float32 (b, 3 + m, c, c) in [0, 1].
 
     One tensor, so that one resampling moves both. Raises TypeError unless both are uint8.
     """
@@ -41,7 +41,7 @@ def stack_mask(batch: Batch) -> Tensor:
     if any(part.dtype != torch.uint8 for part in parts):
         raise TypeError("Views take a raw batch: uint8 image and mask.")
     num, _, height, width = batch.image.shape
-    x = torch.empty(num, 2 + len(parts), height, width, device=batch.image.device)
+    x = torch.empty(num, sum(part.shape[1] for part in parts), height, width, device=batch.image.device)
     x[:, :3] = batch.image
     if batch.mask is not None:
         x[:, 3:] = batch.mask
@@ -49,7 +49,7 @@ def stack_mask(batch: Batch) -> Tensor:
 
 
 def unstack(batch: Batch, x: Tensor, colour: Picture | None) -> Batch:
-    """Return the batch with its picture and mask taken from `x` (b, 3 or 4, s, s); the picture coloured, normalised."""
+    """Return the batch with its picture and mask taken from `x` (b, 3 + m, s, s); the picture coloured, normalised."""
     x = x.clamp_(0, 1)
     image = x[:, :3] if colour is None else colour(x[:, :3])
     return replace(batch, image=normalise(image), mask=None if batch.mask is None else x[:, 3:].contiguous())

@@ -20,7 +20,8 @@ class Loader:
     to end, so every image is seen once in each n positions even where n < b or b does not divide n. Nothing is kept
     between steps: a resumed run continues with the batch it would have had. `min_steps` is the least number of steps
     that count as an epoch (our choice: a handful of masks would else spend its time on validation). `maps` are arrays
-    uint8 (n, c, c) beside the images, such as superpixels; they arrive in `extra` as (b, 1, c, c).
+    uint8 (n, c, c) beside the images, such as superpixels; they arrive in `extra` as (b, 1, c, c). `predictions`, such
+    an array of probabilities in 1/255, arrive as the mask's second channel and so move with it under augmentation.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Loader:
         seed: int,
         min_steps: int = 20,
         maps: Mapping[str, np.ndarray] | None = None,
+        predictions: np.ndarray | None = None,
     ) -> None:
         if len(indices) == 0:
             raise UserError("There is no image to load: the selection is empty.")
@@ -43,14 +45,15 @@ class Loader:
         self.num_images = len(self.indices)
         self.steps_per_epoch = max(math.ceil(self.num_images / batch_size), min_steps)
         self._masks = dataset.masks if dataset.has_mask[self.indices].all() else None
-        self._maps = dict(maps or {})
+        self._maps, self._predictions = dict(maps or {}), predictions
         self._permutation = lru_cache(maxsize=4)(self._draw)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return the `rank`-th of `world` equal, contiguous parts of the global batch of a step.
 
         `image` is uint8 (b / world, 3, c, c) in channels-last memory, `mask` uint8 (b / world, 1, c, c), or None unless
-        all images of the loader have one, `label` int64 with -1 for unknown. Raises UserError unless world divides b.
+        all images of the loader have one (with predictions (b / world, 2, c, c), the first channel 0 then), `label`
+        int64 with -1 for unknown. Raises UserError unless world divides b.
         """
         if self.batch_size % world:
             raise UserError(f"The batch size {self.batch_size} is not a multiple of the {world} processes: change one.")
@@ -61,6 +64,9 @@ class Loader:
         mask = None if self._masks is None else torch.from_numpy(_gather(self._masks, rows))[:, None]
         label = torch.from_numpy(self.dataset.labels[rows])
         extra = {name: torch.from_numpy(_gather(array, rows))[:, None] for name, array in self._maps.items()}
+        if self._predictions is not None:
+            predicted = torch.from_numpy(_gather(self._predictions, rows))[:, None]
+            mask = torch.cat([torch.zeros_like(predicted) if mask is None else mask, predicted], dim=1)
         names = [self.dataset.names[row] for row in rows]
         return Batch(image=image, names=names, mask=mask, label=label, extra=extra)
 

@@ -13,9 +13,9 @@ from fewmask.types import Batch
 class MixedLoader:
     """Batches whose first rows have a mask and whose last rows have none.
 
-    `extra["has_mask"]` bool (b,) says which; the mask of a row without one is zero, or what the map "prediction" of the
-    unlabelled stream holds, and then `extra["predicted"]` is there too. An epoch is one of the labelled stream: what a
-    user counts is how often the masks were seen.
+    `extra["has_mask"]` bool (b,) says which; the mask of a row without one is zero. Either both streams have
+    predictions as a second channel of the mask, or none. An epoch is one of the labelled stream: what a user counts is
+    how often the masks were seen.
     """
 
     def __init__(self, labelled: Loader, unlabelled: Loader) -> None:
@@ -28,15 +28,13 @@ class MixedLoader:
         known, unknown = self.labelled.batch(step, rank, world), self.unlabelled.batch(step, rank, world)
         image = torch.cat([known.image, unknown.image]).contiguous(memory_format=torch.channels_last)
         assert known.mask is not None
-        predicted = unknown.extra.get("prediction")
         blank = known.mask.new_zeros(len(unknown.names), *known.mask.shape[1:])
-        mask = torch.cat([known.mask, blank if predicted is None else predicted])
+        mask = torch.cat([known.mask, blank if unknown.mask is None else unknown.mask])
         label = None
         if known.label is not None and unknown.label is not None:
             label = torch.cat([known.label, unknown.label])
         has_mask = torch.arange(len(image)) < len(known.names)
-        extra = {"has_mask": has_mask} | ({} if predicted is None else {"predicted": ~has_mask})
-        return Batch(image, known.names + unknown.names, mask, label, extra)
+        return Batch(image, known.names + unknown.names, mask, label, {"has_mask": has_mask})
 
 
 class PairedLoader:

@@ -13,7 +13,14 @@ from fewmask.data.augment import Augment, segment_views
 from fewmask.data.preprocess import denormalise
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distiller import Distiller, check_share
-from fewmask.distill.supervision import Supervision, labelled_rows, loss_of_each, supervise, weighted_mean
+from fewmask.distill.supervision import (
+    Supervision,
+    labelled_rows,
+    loss_of_each,
+    supervise,
+    take_predictions,
+    weighted_mean,
+)
 from fewmask.distill.teacher import EnsembleTeacher, merge
 from fewmask.distill.widths import Widths, describe, dry_run
 from fewmask.models.average import AveragedObjective
@@ -33,9 +40,9 @@ class Distill(AveragedObjective):
     S is (1 - w) cross-entropy + w Dice, mean over the images with a mask. P is the same towards the teacher's decision
     ("hard") or probability ("soft"), over the images without one, each times its confidence. Each D of `losses` (name
     -> its settings and its `weight`, 1 unless given; see `DISTILLERS`) compares the two networks on all images, those
-    without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`). Without any D,
-    the teachers are asked only where P needs them: not for rows of `batch.extra["predicted"]`, whose mask is their
-    stored answer.
+    without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`). The teachers are
+    asked only where somebody listens, and not where the batch brings their stored prediction as a second channel of its
+    mask, unless a D reads features.
 
     Several teachers answer with their mean probability ("average"), or each loss that reads logits alone is averaged
     over them ("mean_kl", the two-stage method); features are always the first teacher's. `average` > 0 is the decay of
@@ -78,7 +85,10 @@ class Distill(AveragedObjective):
         `batch.extra["has_mask"]` bool (b,) says which images have a mask (absent: all, or none if there is no mask at
         all). "confidence" is the mean over the images without one, 1 where there are none; so is "supervised" 0.
         """
-        answers = self.teacher.outputs(batch.image) if self.asks(batch) else []
+        batch, stored = take_predictions(batch)
+        answers = self.teacher.outputs(batch.image) if self.asks(batch, stored) else []
+        if not answers and stored is not None:
+            answers = [SegOutput(stored, [])]
         given = supervise(batch, merge(answers).logits if answers else None)
         student: SegOutput = self.segmenter(batch.image)
         terms = self.supervised(student.logits, given)
@@ -94,12 +104,11 @@ class Distill(AveragedObjective):
         shown = {name: term.detach() for name, term in terms.items()}
         return {"loss": loss, **shown, "confidence": trust(given)}
 
-    def asks(self, batch: Batch) -> bool:
-        """Return whether the teachers have to answer: for a loss, or for an image without mask and prediction."""
-        known = labelled_rows(batch)
-        if "predicted" in batch.extra:
-            known = known | batch.extra["predicted"].bool()
-        return len(self.distillers) > 0 or (self.pseudo_weight > 0 and not bool(known.all()))
+    def asks(self, batch: Batch, stored: Tensor | None) -> bool:
+        """Return whether the teachers have to answer: a loss, or for an image without a mask, and nothing is stored."""
+        if stored is not None:
+            return any(distiller.reads_features for distiller in self.distillers.values())
+        return len(self.distillers) > 0 or (self.pseudo_weight > 0 and not bool(labelled_rows(batch).all()))
 
     def supervised(self, logits: Tensor, given: Supervision) -> dict[str, Tensor]:
         """Return "supervised" and "pseudo": the segmentation losses on labels and on the teacher's predictions."""

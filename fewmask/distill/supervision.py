@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,11 @@ def supervise(batch: Batch, teacher_logits: Tensor | None) -> Supervision:
     """Return the batch's supervision: labels where it has them, the teacher's prediction elsewhere.
 
     `batch.extra["has_mask"]` bool (b,) says which rows of `batch.mask` are labels (absent: all of them); what the other
-    rows hold is never looked at. Without logits, those rows hold the teacher's probability (`extra["predicted"]`), or
-    nothing of use, and then their confidence is 0.
+    rows hold is never looked at. Without logits their confidence is 0.
     """
     labelled = labelled_rows(batch)
     if teacher_logits is None:
-        return _stored(batch, labelled)
+        return _labels_alone(batch, labelled)
     probability = teacher_logits.float().sigmoid()
     confidence = torch.where(labelled, 1.0, agreement(probability))
     if batch.mask is None:
@@ -46,13 +46,22 @@ def supervise(batch: Batch, teacher_logits: Tensor | None) -> Supervision:
     return Supervision(labelled, torch.where(labelled[:, None, None, None], batch.mask, probability), confidence)
 
 
-def _stored(batch: Batch, labelled: Tensor) -> Supervision:
-    predicted = batch.extra.get("predicted", torch.zeros_like(labelled)).bool()
-    known = (labelled | predicted)[:, None, None, None]
+def _labels_alone(batch: Batch, labelled: Tensor) -> Supervision:
     blank = torch.zeros_like(batch.image[:, :1], dtype=torch.float32)
-    mask = blank if batch.mask is None else torch.where(known, batch.mask, blank)
-    confidence = torch.where(labelled, 1.0, torch.where(predicted, agreement(mask), 0.0))
-    return Supervision(labelled, mask, confidence)
+    mask = blank if batch.mask is None else torch.where(labelled[:, None, None, None], batch.mask, blank)
+    return Supervision(labelled, mask, labelled.float())
+
+
+def take_predictions(batch: Batch) -> tuple[Batch, Tensor | None]:
+    """Return the batch without stored predictions, and these as logits (b, 1, s, s), None where there are none.
+
+    They are the second channel of `batch.mask`. They were kept in steps of 1/255: what is nearer to 0 or 1 than half a
+    step counts as half a step away, so that logits stay within +-6.3.
+    """
+    if batch.mask is None or batch.mask.shape[1] == 1:
+        return batch, None
+    probability = batch.mask[:, 1:].float()
+    return replace(batch, mask=batch.mask[:, :1]), torch.logit(probability, eps=0.5 / 255)
 
 
 def labelled_rows(batch: Batch) -> Tensor:

@@ -86,8 +86,9 @@ def test_predictions_made_once_are_learnt_from_and_kept_for_the_next_student(tau
     [
         (("distill.teachers=[]",), "no teacher"),
         (('distill.teachers=["nowhere"]',), "nowhere is no model file and no run folder"),
-        (("distill.predict_once=true",), "distill.predict_once keeps predictions alone"),
-        (("distill.predict_once=true", "distill.method.losses={}"), "nothing would learn from that"),
+        (("distill.predict_once=true", "distill.method.losses={at={}}"), "and 'at' compares networks as they train"),
+        (("distill.predict_once=true", "distill.method.ensemble=mean_kl"), "set distill.method.ensemble=average"),
+        (("distill.predict_once=true", "distill.method.losses={}"), "nothing would learn from the predictions"),
         (("student.segmenter=unet",), "unet"),
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
         (("student.weights=teacher",), "holds weights of the encoder 'vit_tiny_patch16', but this one is 'tiny'"),

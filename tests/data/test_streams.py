@@ -31,13 +31,13 @@ def test_first_rows_have_masks_and_last_rows_have_none(labelled, unlabelled, ste
     assert torch.equal(batch.mask[:, 0, 0, 0].long(), numbers * batch.extra["has_mask"])
 
 
-def test_predictions_take_the_place_of_masks_row_by_row():
-    known, _ = loaders(4, 4)
+def test_predictions_stand_beside_masks_row_by_row():
     prediction = np.broadcast_to((200 + np.arange(20, dtype=np.uint8))[:, None, None], (20, 8, 8))
-    batch = MixedLoader(known, Loader(HALF, range(8, 20), 6, 0, maps={"prediction": prediction})).batch(2)
+    known, unknown = (Loader(HALF, rows, 4, 0, predictions=prediction) for rows in (range(8), range(8, 20)))
+    batch = MixedLoader(known, unknown).batch(2)
     numbers = torch.tensor([int(name[1:]) for name in batch.names])
-    assert torch.equal(batch.mask[:, 0, 0, 0].long(), torch.where(batch.extra["has_mask"], numbers, numbers + 200))
-    assert torch.equal(batch.extra["predicted"], ~batch.extra["has_mask"])
+    assert torch.equal(batch.mask[:, 0, 0, 0].long(), numbers * batch.extra["has_mask"])
+    assert torch.equal(batch.mask[:, 1, 0, 0].long(), numbers + 200)
 
 
 def test_an_epoch_is_one_of_the_masks():

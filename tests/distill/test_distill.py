@@ -295,21 +295,26 @@ def test_a_student_cannot_be_its_own_teacher():
 
 
 def stored(batch: Batch, probability: torch.Tensor) -> Batch:
-    """Return the batch with a prediction in the place of each missing mask."""
-    known = batch.extra["has_mask"]
-    mask = torch.where(known.view(-1, 1, 1, 1), batch.mask, probability)
-    return replace(batch, mask=mask, extra={"has_mask": known, "predicted": ~known})
+    """Return the batch with the teacher's probability beside its mask."""
+    return replace(batch, mask=torch.cat([batch.mask, probability], dim=1))
 
 
-def test_stored_predictions_teach_what_the_teacher_would(monkeypatch):
-    objective = make(losses={}, pseudo_weight=1.0)
+@pytest.mark.parametrize("losses", [{}, {"kd": {"weight": 0.5}}])
+def test_stored_predictions_teach_what_the_teacher_would(monkeypatch, losses):
+    objective = make(losses=losses, pseudo_weight=1.0)
     batch = viewed([True, False, True, False])
     probability = objective.teacher(batch.image).logits.sigmoid()
     asked = run(objective, batch)
     monkeypatch.setattr(objective.teacher, "outputs", lambda image: pytest.fail("the teacher was asked"))
     told = run(objective, stored(batch, probability))
     for name, value in asked.items():
-        assert told[name].item() == pytest.approx(value.item(), abs=1e-6)
+        assert told[name].item() == pytest.approx(value.item(), abs=1e-5)
+
+
+def test_a_loss_of_features_asks_the_teacher_whatever_is_stored():
+    objective, batch = make(losses={"at": {}}), viewed([True, False, True, False])
+    asked, told = run(objective, batch), run(objective, stored(batch, torch.rand_like(batch.mask)))
+    assert told["at"].item() == pytest.approx(asked["at"].item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(
