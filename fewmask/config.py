@@ -146,12 +146,13 @@ class DistillSection(StageSection):
     With `unlabelled`, every image that may be learnt from takes part, and `labelled_share` of each batch has masks.
     With `predict_once` the teachers look at each image once, before the training, and their answers move with the
     augmentation: a step costs no more than the student's own, for losses that read predictions alone (kd, or none).
+    "auto" does so wherever the losses allow.
     """
 
     teachers: list[Path] = []
     unlabelled: bool = True
     labelled_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    predict_once: bool = False
+    predict_once: bool | Literal["auto"] = "auto"
 
 
 class SelectSection(Section):

@@ -49,13 +49,13 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     files = [file for teacher in teachers for file in find_teachers(teacher)]
     if not files:
         raise UserError("There is no teacher to learn from; give one, for example distill.teachers='[\"RUN\"]'.")
-    check_section(section)
+    asks_once = predicts_once(section)
     digests = check_same_teachers(stage, files)
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]
     weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
     objective = objective_for("distill", recipe, weights, teachers=models)
-    once = partial(remember, run, recipe, data, digests, models) if section.predict_once else None
+    once = partial(remember, run, recipe, data, digests, models) if asks_once else None
     asked = stage.now()
     loader = stream(recipe, section, data, once)
     if stage.budget is not None:  # asking the teachers is part of the time that was given
@@ -73,33 +73,40 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     return path
 
 
-def check_section(section: DistillSection) -> None:
-    """Raise a UserError where nothing would be learnt from the teachers, or not in the way asked for."""
+def why_not_once(section: DistillSection) -> str:
+    """Return why the teachers' predictions, made once, are not enough for a section, in a sentence; "" if they are."""
     losses, pseudo = section.method.get("losses", KD_ALONE), section.method.get("pseudo_weight", 0)
-    if not section.predict_once:
-        return
     if others := [name for name in losses if name not in LOGIT_LOSSES]:
-        raise UserError(
+        return (
             f"distill.predict_once keeps predictions alone, and '{others[0]}' compares networks as they train: name "
             f"only {', '.join(LOGIT_LOSSES)} in distill.method.losses, or set predict_once=false."
         )
     if not losses and not (pseudo and section.unlabelled):
-        raise UserError(
+        return (
             "With distill.predict_once and no loss nothing would learn from the predictions: set "
             "distill.method.losses={kd={}}, or distill.method.pseudo_weight=1 and distill.unlabelled=true."
         )
     if losses and section.method.get("ensemble") == "mean_kl":
-        raise UserError(
+        return (
             "distill.predict_once keeps the mean of the teachers' predictions: set distill.method.ensemble=average, or "
             "predict_once=false."
         )
+    return ""
+
+
+def predicts_once(section: DistillSection) -> bool:
+    """Return whether the teachers are asked before the training; a UserError where that is asked for and not enough."""
+    why_not = why_not_once(section)
+    if section.predict_once is True and why_not:
+        raise UserError(why_not)
+    return section.predict_once is not False and not why_not
 
 
 def check_before_training(recipe: Recipe) -> None:
     """Raise now what a chain's distillation would raise after hours of training its teacher."""
     section, student, model = recipe.distill, recipe.student, recipe.model
     assert section is not None
-    check_section(section)
+    predicts_once(section)
     for teacher in section.teachers:
         find_teachers(teacher)
     if student.weights == FROM_TEACHER and not section.teachers and student.encoder != model.encoder:
@@ -159,11 +166,13 @@ def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callab
     labelled = set(data.labelled)
     others = [i for i in data.body if i not in labelled] if section.unlabelled else []
     seed, least = recipe.run.seed, section.min_epoch_steps
-    if not others and once is not None and not section.method.get("losses", KD_ALONE):
-        raise UserError(
-            "distill.predict_once without losses learns from images without a mask, and there are none: give "
-            "data.unlabelled, or set distill.method.losses={kd={}}."
-        )
+    if not others and not section.method.get("losses", KD_ALONE):
+        if section.predict_once is True:
+            raise UserError(
+                "distill.predict_once without losses learns from images without a mask, and there are none: give "
+                "data.unlabelled, or set distill.method.losses={kd={}}."
+            )
+        once = None
     predictions = once([*data.labelled, *others]) if once is not None else None
     if not others:
         return Loader(data.dataset, data.labelled, section.batch_size, seed, least, predictions=predictions)

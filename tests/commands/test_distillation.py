@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fewmask.commands.distillation import find_teachers, lost_and_gained
+from fewmask.commands.distillation import find_teachers, lost_and_gained, predicts_once
+from fewmask.config import DistillSection
 from fewmask.data.contents import default_cache_folder
 from fewmask.data.synthetic import make_dataset
 from fewmask.models.storage import read_model_file, write_model_file
@@ -79,6 +80,23 @@ def test_predictions_made_once_are_learnt_from_and_kept_for_the_next_student(tau
     assert any(line.get("pseudo", 0) > 0 for line in logged)
     assert fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'other'}", "distill.lr=0.01")[0] == 0
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
+
+
+@pytest.mark.parametrize(
+    ("method", "once"),
+    [
+        ({}, True),  # kd, unless told
+        ({"losses": {"kd": {}}, "ensemble": "average"}, True),
+        ({"losses": {"kd": {}}, "ensemble": "mean_kl"}, False),
+        ({"losses": {"kd": {}, "mbf": {}}}, False),
+        ({"losses": {}}, False),
+        ({"losses": {}, "pseudo_weight": 1.0}, True),
+    ],
+)
+def test_teachers_are_asked_once_wherever_predictions_are_enough(method, once):
+    section = DistillSection(epochs=1, batch_size=4, lr=1e-3, method={"name": "distill", **method})
+    assert predicts_once(section) is once
+    assert not predicts_once(section.model_copy(update={"predict_once": False}))
 
 
 @pytest.mark.parametrize(
