@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands.conftest import TINY
+from tests.commands.conftest import DISTILLING, TINY
 
 
 def images(data):
@@ -268,7 +268,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("setting", "words"), SETTINGS, ids=[setting for setting, _ in SETTINGS])
 def test_bad_settings_end_with_a_sentence(setting, words, drawn, tmp_path, fewmask):
-    code, out, err = fewmask("run", drawn, "--out", tmp_path / "run", *TINY, setting)
+    code, out, err = fewmask("run", drawn, "--out", tmp_path / "run", *DISTILLING, "distill.epochs=0", setting)
     assert code == 1, out + err
     assert words in err[err.rindex("fewmask: ") :]
     assert "Traceback" not in err
