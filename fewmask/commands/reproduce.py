@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ def reproduce(
 ) -> int:
     """Run the grid of a table, job after job, and leave `table.json` and `table.md` in `out`; exit code 0 or 1.
 
-    The table is written anew after every cell, so that the work can be cut anywhere, and the same command goes on from
-    there. 1 is returned when a pre-training or a distillation ended badly: that is then reported as not run, with the
+    The table is written anew after every cell that took longer than writing it, so that the work can be cut anywhere,
+    and the same command goes on from there without delay. 1 is returned when a pre-training or a distillation ended badly: that is then reported as not run, with the
     reason.
     """
     out = out or Path("runs") / f"{table}-{budget}"
@@ -54,14 +55,18 @@ def reproduce(
     left_out, line = dict(scene.left_out), Progress("reproduce")
     for name, reason in left_out.items():
         Progress(name).close(f"not run: {reason}")
-    planned = list(cells(order, left_out))
+    planned, to_write = list(cells(order, left_out)), 0.0
     for number, cell in enumerate(planned, start=1):
+        begun = time.perf_counter()
         run_cell(order, cell, to_score, left_out)
-        if is_main():
+        finished = time.perf_counter()
+        if is_main() and finished - begun > to_write:
             note_costs(order)
             _write(order, scene, left_out)
+            to_write = time.perf_counter() - finished
         line.update(number / len(planned), cell_names(*cell)[1], force=True)
     if is_main():
+        note_costs(order)
         found = _write(order, scene, left_out)
         print(json.dumps(found) if as_json else f"{markdown(found)}\ntable: {out / 'table.md'}")
     return 1 if left_out.keys() > scene.left_out.keys() else 0

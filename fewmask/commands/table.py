@@ -107,7 +107,7 @@ def describe_cell(by_seed: BySeed, columns: Sequence[str] = (), pooled: bool = F
     values: dict[str, Callable[[Row], float]] = {metric: itemgetter(metric) for metric in (*SHOWN, *columns)}
     if 0 < num_empty < len(tables[0]):
         values |= APART
-    figures = {metric: _figure(tables, groups, value) for metric, value in values.items()}
+    figures = _figures(tables, groups, values)
     if pooled:
         for metric, value in values.items():
             figures[metric]["per_seed"] = [_mean([value(row) for row in rows]) for rows in by_seed.values()]
@@ -116,16 +116,23 @@ def describe_cell(by_seed: BySeed, columns: Sequence[str] = (), pooled: bool = F
     return {"seeds": list(by_seed), **sizes, "missed": missed, **figures}
 
 
-def _figure(tables: Sequence[Sequence[Row]], groups: Any, value: Callable[[Row], float]) -> dict[str, Any]:
-    values = np.array([[value(row) for row in rows] for rows in tables], dtype=float).T
-    rng = np.random.default_rng(0)
-    replicates = bootstrap_means(values, groups, NUM_BOOTSTRAP, rng)
-    drawn = rng.integers(0, len(tables), replicates.shape)
-    low, high = None, None
-    if groups.max() > 0:
-        low, high = interval(np.take_along_axis(replicates, drawn, axis=1).mean(axis=1))
-    means = np.nanmean(values, axis=0)
-    return {"mean": float(means.mean()), "low": low, "high": high, "per_seed": means.tolist()}
+def _figures(
+    tables: Sequence[Sequence[Row]], groups: Any, metrics: Mapping[str, Callable[[Row], float]]
+) -> dict[str, Any]:
+    """Return each metric's mean over cases and seeds with its interval; all metrics share the drawn replicates."""
+    of_each = [np.array([[value(row) for row in rows] for rows in tables], dtype=float).T for value in metrics.values()]
+    rng, num_seeds = np.random.default_rng(0), len(tables)
+    replicates = bootstrap_means(np.concatenate(of_each, axis=1), groups, NUM_BOOTSTRAP, rng)
+    drawn = rng.integers(0, num_seeds, (NUM_BOOTSTRAP, num_seeds))
+    figures = {}
+    for number, (metric, values) in enumerate(zip(metrics, of_each, strict=True)):
+        low, high = None, None
+        if groups.max() > 0:
+            own = replicates[:, number * num_seeds : (number + 1) * num_seeds]
+            low, high = interval(np.take_along_axis(own, drawn, axis=1).mean(axis=1))
+        means = np.nanmean(values, axis=0)
+        figures[metric] = {"mean": float(means.mean()), "low": low, "high": high, "per_seed": means.tolist()}
+    return figures
 
 
 def _mean(values: Sequence[float]) -> float | None:
