@@ -88,38 +88,35 @@ def continued() -> list[str]:
 PRETRAINED = (("g2ll_table1", "mae"), ("g2ll_table2", "mask-random"), ("tedmae", "mae"))
 
 
-def gain(found: dict[str, Any], cell: dict[str, Any], against: str) -> str:
+def gain(found: dict[str, Any], row: str, fraction: float, against: str) -> str:
     """Return the paired difference of a cell's Dice on the test images to another row, in points, or nothing."""
     for paired in found["differences"]:
-        if (paired["set"], paired["row"], paired["fraction"], paired["against"]) == (
-            "test", cell["row"], cell["fraction"], against,
-        ):  # fmt: skip
+        if (paired["set"], paired["row"], paired["fraction"], paired["against"]) == ("test", row, fraction, against):
             return f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
     return ""
 
 
 def pretrained() -> list[str]:
-    """Return the papers' tables of pre-training, below one another."""
-    lines = []
+    """Return the papers' tables of pre-training, below one another: Dice, and what a row gains over another."""
+    lines: list[str] = []
     for table, reference in PRETRAINED:
         path = HERE / "results" / f"{table}.json"
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        elsewhere = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "unseen"}
+        dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
         epochs = {facts["row"]: facts["epochs"] for facts in found["pretraining"]}
-        lines += ["", f"**{found['title']}**", ""] if lines else [f"**{found['title']}**", ""]
-        lines.append(
-            f"| masks | row | epochs | Dice (95 % interval) | against random, points | against {reference} | unseen |"
-        )
-        lines.append("|---|---|--:|---|---|---|---|")
-        for cell in (cell for cell in found["rows"] if cell["set"] == "test"):
-            row, fraction = cell["row"], cell["fraction"]
-            lines.append(
-                f"| {100 * fraction:g} % | {row} | {epochs.get(row, 0):.1f} | {figure(cell['dice'])} | "
-                f"{gain(found, cell, 'random')} | {gain(found, cell, reference)} | {elsewhere[row, fraction]:.3f} |"
-            )
-    return lines
+        fractions = sorted({fraction for _, fraction in dice})
+        against = ["random"] if len(fractions) > 1 else ["random", reference]
+        heads = [f"{100 * f:g} %, against {name}" for f in fractions for name in against]
+        lines += ["", f"{found['title']}:", ""]
+        lines.append(f"| row | epochs | {' | '.join(f'{100 * f:g} %' for f in fractions)} | {' | '.join(heads)} |")
+        lines.append("|---|--:|" + "---|" * (len(fractions) + len(heads)))
+        for row in dict.fromkeys(row for row, _ in dice):
+            figures = [f"{dice[row, f]:.3f}" for f in fractions]
+            gains = [gain(found, row, f, name) for f in fractions for name in against]
+            lines.append(f"| {row} | {epochs.get(row, 0):.1f} | {' | '.join([*figures, *gains])} |")
+    return lines[1:]
 
 
 def main() -> None:

@@ -45,8 +45,8 @@ def reproduce(
     """Run the grid of a table, job after job, and leave `table.json` and `table.md` in `out`; exit code 0 or 1.
 
     The table is written anew after every cell that took longer than writing it, so that the work can be cut anywhere,
-    and the same command goes on from there without delay. 1 is returned when a pre-training or a distillation ended badly: that is then reported as not run, with the
-    reason.
+    and the same command goes on from there without delay. 1 is returned when a pre-training or a distillation ended
+    badly: that is then reported as not run, with the reason.
     """
     out = out or Path("runs") / f"{table}-{budget}"
     order = place_order(table, budget, out, data, manifest, unlabelled, settings)
