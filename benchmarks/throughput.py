@@ -80,15 +80,18 @@ class Fixed:
         return replace(self.value)
 
 
-def raw_batch(num: int, size: int, slic: Slic | None = None) -> Batch:
-    """Return made-up pictures at cache size, as a loader would, with superpixels if asked for."""
+def raw_batch(num: int, size: int, slic: Slic | None = None, masked: bool = False) -> Batch:
+    """Return made-up pictures at cache size, as a loader would, with superpixels or masks if asked for."""
     side, rng = cache_size(size), np.random.default_rng(0)
-    pictures = np.stack([render(rng, (side, side))[0] for _ in range(num)])
+    drawn = [render(rng, (side, side)) for _ in range(num)]
+    pictures = np.stack([picture for picture, _ in drawn])
+    mask = torch.from_numpy(np.stack([mask for _, mask in drawn]))[:, None].byte() * 255 if masked else None
     extra = {}
     if slic is not None:
         extra["superpixels"] = torch.from_numpy(np.stack([slic(picture) for picture in pictures]))[:, None]
     label = torch.arange(num) % NUM_CLASSES
-    return Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2), [str(i) for i in range(num)], label=label, extra=extra)
+    names = [str(i) for i in range(num)]
+    return Batch(torch.from_numpy(pictures).permute(0, 3, 1, 2), names, mask=mask, label=label, extra=extra)
 
 
 def build_objective(method: str, encoder: str, size: int, **settings: Any) -> Objective:
