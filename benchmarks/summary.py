@@ -85,9 +85,6 @@ def continued() -> list[str]:
     return lines
 
 
-PRETRAINED = (("g2ll_table1", "mae"), ("g2ll_table2", "mask-random"), ("tedmae", "mae"))
-
-
 def gain(found: dict[str, Any], row: str, fraction: float, against: str) -> str:
     """Return the paired difference of a cell's Dice on the test images to another row, in points, or nothing."""
     for paired in found["differences"]:
@@ -97,26 +94,19 @@ def gain(found: dict[str, Any], row: str, fraction: float, against: str) -> str:
 
 
 def pretrained() -> list[str]:
-    """Return the papers' tables of pre-training, below one another: Dice, and what a row gains over another."""
-    lines: list[str] = []
-    for table, reference in PRETRAINED:
-        path = HERE / "results" / f"{table}.json"
-        if not path.exists():
-            continue
-        found = json.loads(path.read_text())
-        dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
-        epochs = {facts["row"]: facts["epochs"] for facts in found["pretraining"]}
-        fractions = sorted({fraction for _, fraction in dice})
-        against = ["random"] if len(fractions) > 1 else ["random", reference]
-        heads = [f"{100 * f:g} %, against {name}" for f in fractions for name in against]
-        lines += ["", f"{found['title']}:", ""]
-        lines.append(f"| row | epochs | {' | '.join(f'{100 * f:g} %' for f in fractions)} | {' | '.join(heads)} |")
-        lines.append("|---|--:|" + "---|" * (len(fractions) + len(heads)))
-        for row in dict.fromkeys(row for row, _ in dice):
-            figures = [f"{dice[row, f]:.3f}" for f in fractions]
-            gains = [gain(found, row, f, name) for f in fractions for name in against]
-            lines.append(f"| {row} | {epochs.get(row, 0):.1f} | {' | '.join([*figures, *gains])} |")
-    return lines[1:]
+    """Return G2LL's table 1: Dice by share of the masks, and what a row gains over no pre-training."""
+    found = json.loads((HERE / "results" / "g2ll_table1.json").read_text())
+    dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
+    epochs = {facts["row"]: f"{facts['epochs']:.1f}" for facts in found["pretraining"]}
+    fractions = sorted({fraction for _, fraction in dice})
+    shares = [f"{100 * fraction:g} %" for fraction in fractions]
+    heads = ["pre-training", "epochs", *shares, *(f"{share}, against random" for share in shares)]
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
+    for row in dict.fromkeys(row for row, _ in dice):
+        figures = [f"{dice[row, fraction]:.3f}" for fraction in fractions]
+        gains = [gain(found, row, fraction, "random") for fraction in fractions]
+        lines.append(f"| {' | '.join([row, epochs.get(row, ''), *figures, *gains])} |")
+    return lines
 
 
 def main() -> None:
