@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fewmask.commands.predictions import predict_all
-from fewmask.commands.prepare import Prepared, cache_folder
+from fewmask.commands.predictions import Answers
+from fewmask.commands.prepare import Prepared
 from fewmask.commands.select import SELECTION, chosen_folders
 from fewmask.commands.stages import finish, objective_for
 from fewmask.config import DistillSection, Recipe
-from fewmask.data.cache import VERSION
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
 from fewmask.distill.distill import KD_ALONE
-from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
+from fewmask.engine.fit import Stream, fit, resolve_precision
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import Row, read_case_csv
@@ -55,7 +51,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     models = [load_teacher(file) for file in files]
     weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
     objective = objective_for("distill", recipe, weights, teachers=models)
-    once = partial(remember, run, recipe, data, digests, models) if asks_once else None
+    once = Answers(stage, recipe, data, models, digests) if asks_once else None
     asked = stage.now()
     loader = stream(recipe, section, data, once)
     if stage.budget is not None:  # asking the teachers is part of the time that was given
@@ -139,29 +135,10 @@ def check_same_teachers(stage: Stage, files: Sequence[Path]) -> list[str]:
     return digests
 
 
-def remember(
-    run: Run,
-    recipe: Recipe,
-    data: Prepared,
-    digests: Sequence[str],
-    teachers: Sequence[Segmenter],
-    indices: Sequence[int],
-) -> np.ndarray:
-    """Return what the teachers say of the images, from the cache folder where the same were asked before."""
-    precision, size = resolve_precision(recipe.run), recipe.model.size
-    # The fingerprint knows what each name shows, and the names which row is whose: folders may come in another order.
-    rows = [(index, data.dataset.names[index]) for index in sorted(indices)]
-    known = [VERSION, data.dataset.images.shape, run.info["data"]["fingerprint"], size, precision, rows, digests]
-    key = hashlib.blake2b(json.dumps(known).encode(), digest_size=12).hexdigest()
-    path = cache_folder(recipe) / "predictions" / f"{key}.npy"
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return predict_all(path, teachers, data.dataset, indices, size, accelerator_for(recipe.run).device, half)
-
-
-def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callable[..., np.ndarray] | None) -> Stream:
+def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Answers | None) -> Stream:
     """Return the batches of a distillation: labelled images alone, or beside those without a mask.
 
-    `once`, where given, returns predictions for all of them, which then come with each batch.
+    `once`, where given, predicts all that its time allows, and the predictions come with each batch.
     """
     labelled = set(data.labelled)
     others = [i for i in data.body if i not in labelled] if section.unlabelled else []
@@ -173,7 +150,9 @@ def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Callab
                 "data.unlabelled, or set distill.method.losses={kd={}}."
             )
         once = None
-    predictions = once([*data.labelled, *others]) if once is not None else None
+    if once is not None:
+        others = once.affordable(others)
+    predictions = once.of([*data.labelled, *others]) if once is not None else None
     if not others:
         return Loader(data.dataset, data.labelled, section.batch_size, seed, least, predictions=predictions)
     num = min(max(round(section.labelled_share * section.batch_size), 1), section.batch_size - 1)

@@ -11,9 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fewmask.commands.distillation import find_teachers, lost_and_gained, predicts_once
-from fewmask.config import DistillSection
+from fewmask.commands.predictions import Answers
+from fewmask.config import DistillSection, load_recipe
 from fewmask.data.contents import default_cache_folder
 from fewmask.data.synthetic import make_dataset
+from fewmask.engine.run import Run
+from fewmask.engine.stage import Stage
 from fewmask.models.storage import read_model_file, write_model_file
 from fewmask.types import UserError
 from tests.commands.conftest import DISTILLING, finish_chain
@@ -245,3 +248,20 @@ def test_a_selection_stands_for_the_runs_it_chose(tmp_path):
     assert [path.parent.parent.name for path in found] == list(names.values())
     with pytest.raises(UserError, match="finish its fine-tuning"):
         find_teachers(tmp_path / "candidates")
+
+
+def test_a_stage_asks_about_no_more_images_than_its_time_allows(tmp_path, monkeypatch):
+    stage, others = Stage(Run(tmp_path, "distill", {}), "distill", budget=1000.0), list(range(100, 600))
+    recipe = load_recipe("tiny_unet", ["run.seed=3"])
+    answers = Answers(stage, recipe, None, [], [])
+    monkeypatch.setattr(Answers, "_seconds_an_image", lambda self, indices: 1.0)
+    chosen = answers.affordable(others)
+    assert len(chosen) == 300
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(others)
+    assert chosen != others[:300]
+    # A resumed stage keeps its images, though the machine is faster now.
+    monkeypatch.setattr(Answers, "_seconds_an_image", lambda self, indices: 0.001)
+    assert answers.affordable(others) == chosen
+    stage.budget = None
+    assert answers.affordable(others) == others
