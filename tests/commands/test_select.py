@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image
 from fewmask.commands.select import Candidate, candidates, chosen_folders, recipe_of, selection
 from fewmask.config import SelectSection, load_recipe
 from fewmask.types import UserError
-from tests.commands.test_chain import table
+from tests.commands.test_chain import table, wait_for
 
 SMALL = (
     "model.encoder=tiny", "model.weights=none", "model.segmenter=tiny_unet", "model.size=32", "run.device=cpu",
@@ -72,6 +75,27 @@ def test_a_finished_candidate_is_not_trained_again(selected, drawn, fewmask):
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert lost.exists()
     assert scores(selected) == old
+
+
+def test_killed_in_a_candidate_and_called_again_it_finishes_without_redoing_any(drawn, tmp_path):
+    # Slow enough to be met in the middle: the second candidate of four, a checkpoint after every step.
+    slow = ("finetune.min_epoch_steps=20", "finetune.checkpoint_seconds=0")
+    out = tmp_path / "tasks"
+    command = [sys.executable, "-m", "fewmask", "select", "two_stage", f"data.root={drawn}", f"run.out={out}", *SMALL]
+    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path / "cache")}
+    process = subprocess.Popen([*command, *slow], stderr=subprocess.DEVNULL, env=environment)
+    wait_for(lambda: len(list(out.glob("candidates/*/finetune/checkpoints/step_*[1-9].safetensors"))) > 0
+             and len(list(out.glob("candidates/*/finetune/stage.json"))) > 0)  # fmt: skip
+    process.kill()
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("candidates/*/finetune/stage.json")}
+    assert 0 < len(done) < len(NAMES)
+    assert len(scores(out)) == len(done)
+    subprocess.run([*command, *slow], check=True, capture_output=True, env=environment)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert set(scores(out)) == NAMES
+    logs = [(out / row["folder"] / "finetune" / "log.jsonl").read_text() for row in found_in(out)["candidates"]]
+    assert sum('"kind": "resume"' in log for log in logs) == 1
 
 
 def test_poisoned_test_masks_change_nothing(selected, drawn, data, tmp_path, fewmask):
