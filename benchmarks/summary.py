@@ -55,9 +55,9 @@ def students() -> list[str]:
         against = {
             (d["row"], d["fraction"]): f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
             for d in found["differences"]
-            if d["against"] == "alone" and d.get("metric", "dice") == "dice"
+            if (d["set"], d["against"], d.get("metric", "dice")) == ("test", "alone", "dice")
         }
-        for cell in found["rows"]:
+        for cell in (cell for cell in found["rows"] if cell["set"] == "test"):
             key = (cell["row"], cell["fraction"])
             lines.append(
                 f"| {found['student']} | {100 * cell['fraction']:g} % | {cell['row']} | {figure(cell['dice'])} | "
