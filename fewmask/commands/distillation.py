@@ -16,7 +16,7 @@ from fewmask.commands.stages import finish, objective_for
 from fewmask.config import DistillSection, Recipe
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
-from fewmask.distill.distill import KD_ALONE
+from fewmask.distill.distill import KD_ALONE, Distill
 from fewmask.engine.fit import Stream, fit, resolve_precision
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
@@ -51,7 +51,8 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     models = [load_teacher(file) for file in files]
     weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
     objective = objective_for("distill", recipe, weights, teachers=models)
-    once = Answers(stage, recipe, data, models, digests) if asks_once else None
+    assert isinstance(objective, Distill)
+    once = Answers(stage, recipe, data, models, digests, objective.stored_at) if asks_once else None
     asked = stage.now()
     loader = stream(recipe, section, data, once)
     if stage.budget is not None:  # asking the teachers is part of the time that was given
@@ -81,11 +82,6 @@ def why_not_once(section: DistillSection) -> str:
         return (
             "With distill.predict_once and no loss nothing would learn from the predictions: set "
             "distill.method.losses={kd={}}, or distill.method.pseudo_weight=1 and distill.unlabelled=true."
-        )
-    if losses and section.method.get("ensemble") == "mean_kl":
-        return (
-            "distill.predict_once keeps the mean of the teachers' predictions: set distill.method.ensemble=average, or "
-            "predict_once=false."
         )
     return ""
 

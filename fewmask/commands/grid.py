@@ -277,7 +277,8 @@ class Order:
             "run.time": self.grid.distill_time,
             "data.label_fraction": fraction,
             "distill.unlabelled": what.unlabelled,
-            "distill.predict_once": False,  # impossible for rows with losses, and all rows are to be alike
+            # Rows of boundary distillation compare features, and all rows of a table are to be alike.
+            "distill.predict_once": self.what.selects,
             "distill.method.losses": dict(what.losses),
             "distill.method.pseudo_weight": what.pseudo_weight,
             **({"distill.method.ensemble": what.ensemble} if what.ensemble else {}),

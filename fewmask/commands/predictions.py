@@ -32,13 +32,14 @@ SHARE_OF_TIME = 0.3  # of a stage, to ask about images without a mask; ours
 
 @dataclass(frozen=True)
 class Answers:
-    """What the teachers of a stage say of its images, asked before the training."""
+    """What the teachers of a stage say of its images, asked before the training: the mean of sigma(z / temperature)."""
 
     stage: Stage
     recipe: Recipe
     data: Prepared
     teachers: Sequence[Segmenter]
     digests: Sequence[str]
+    temperature: float = 1.0
 
     def affordable(self, others: Sequence[int]) -> list[int]:
         """Return the images without a mask to ask about: all, or as many as 0.3 of the stage's time allows, drawn.
@@ -59,59 +60,80 @@ class Answers:
         return [others[i] for i in sorted(drawn)]
 
     def of(self, indices: Sequence[int]) -> np.ndarray:
-        """Return `predict_all` of the images, from the cache folder where the same were asked before."""
+        """Return the answers to the rows `indices`, uint8 (n, c, c) of 0..255; the other rows are zero.
+
+        The teachers see images of the network's size, as in training without augmentation; the answers are enlarged to
+        the cache's side c. They are kept in the cache folder (.npy, memory-mapped), and taken from there where the same
+        were asked before: a file appears in one step, when it is complete.
+        """
+        side = self.data.dataset.images.shape[1]
+        path, shape = self._path(indices), (len(self.data.dataset.images), side, side)
+        if (found := _open(path, shape)) is not None:
+            return found
+        if is_main():
+            _write(path, shape, self._questions.answers(np.sort(np.asarray(indices))))
+        wait_for_everyone()
+        found = _open(path, shape)
+        assert found is not None
+        return found
+
+    def _path(self, indices: Sequence[int]) -> Path:
         data, recipe = self.data, self.recipe
         precision, size = resolve_precision(recipe.run), recipe.model.size
         # The fingerprint knows what each name shows, and the names which row is whose: folders may come in another
         # order.
         rows = [(index, data.dataset.names[index]) for index in sorted(indices)]
         print_ = self.stage.run.info["data"]["fingerprint"]
-        known = [VERSION, data.dataset.images.shape, print_, size, precision, rows, self.digests]
+        known = [VERSION, data.dataset.images.shape, print_, size, precision, rows, self.digests, self.temperature]
         key = hashlib.blake2b(json.dumps(known).encode(), digest_size=12).hexdigest()
-        path = cache_folder(recipe) / "predictions" / f"{key}.npy"
-        return predict_all(path, self.teachers, data.dataset, indices, size, self._device, self._half)
+        return cache_folder(recipe) / "predictions" / f"{key}.npy"
+
+    @property
+    def _questions(self) -> _Questions:
+        network = EnsembleTeacher(self.teachers).to(accelerator_for(self.recipe.run).device)
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(self.recipe.run))
+        network = network.to(memory_format=torch.channels_last)
+        return _Questions(network, self.data.dataset, self.recipe.model.size, half, self.temperature)
 
     def _seconds_an_image(self, indices: Sequence[int]) -> float:
-        network, chosen = _ready(self.teachers, self._device), np.sort(np.asarray(indices[: BATCH // 2]))
+        questions, chosen = self._questions, np.sort(np.asarray(indices[: BATCH // 2]))
         for _ in range(2):  # the first call makes room
             began = self.stage.now()
-            _answer(network, self.data.dataset, chosen, self.recipe.model.size, self._half)
+            questions.answer(chosen)
         return max(self.stage.now() - began, 1e-6) / len(chosen)
 
-    @property
-    def _device(self) -> torch.device:
-        return accelerator_for(self.recipe.run).device
 
-    @property
-    def _half(self) -> torch.dtype | None:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(resolve_precision(self.recipe.run))
+@dataclass(frozen=True)
+class _Questions:
+    """Teachers, the images they are asked about, at which size, in which precision (None: float32), how softened."""
 
+    network: EnsembleTeacher
+    dataset: CachedDataset
+    size: int
+    half: torch.dtype | None
+    temperature: float
 
-def predict_all(
-    path: Path,
-    teachers: Sequence[Segmenter],
-    dataset: CachedDataset,
-    indices: Sequence[int],
-    size: int,
-    device: torch.device | str = "cpu",
-    half: torch.dtype | None = None,
-) -> np.ndarray:
-    """Return the teachers' mean probability, uint8 (n, c, c) of 0..255, for the rows `indices` of a data set.
+    def answers(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield each row's number and the answer to it, uint8 (c, c)."""
+        line = Progress("predict")
+        for start in range(0, len(rows), BATCH):
+            chosen = rows[start : start + BATCH]
+            yield from zip(chosen.tolist(), self.answer(chosen), strict=True)
+            line.count(min(start + BATCH, len(rows)), len(rows))
+        line.close(f"{len(rows)} images")
 
-    The other rows are zero. The teachers see images of `size`, as in training without augmentation; the answers are
-    enlarged to the cache's side c. They are kept in `path` (.npy, memory-mapped), which is taken as it is where it is
-    there: it appears in one step, when it is complete. With `half`, the teachers work in that precision.
-    """
-    side = dataset.images.shape[1]
-    shape = (len(dataset.images), side, side)
-    if (found := _open(path, shape)) is not None:
-        return found
-    if is_main():
-        _write(path, shape, _answers(_ready(teachers, device), dataset, np.sort(np.asarray(indices)), size, half))
-    wait_for_everyone()
-    found = _open(path, shape)
-    assert found is not None
-    return found
+    @torch.no_grad()
+    def answer(self, chosen: np.ndarray) -> np.ndarray:
+        """Return the answers to some rows, uint8 (b, c, c)."""
+        device = next(self.network.members[0].segmenter.parameters()).device  # type: ignore[union-attr]
+        image = torch.from_numpy(self.dataset.images[chosen]).to(device).permute(0, 3, 1, 2).float() / 255
+        image = F.interpolate(image, size=(self.size,) * 2, mode="bilinear", antialias=True, align_corners=False)
+        with torch.autocast(device.type, self.half, enabled=self.half is not None):
+            image = normalise(image).contiguous(memory_format=torch.channels_last)
+            logits = self.network(image, self.temperature).logits.float()
+        logits = F.interpolate(logits, size=self.dataset.images.shape[1:3], mode="bilinear", align_corners=False)
+        answers: np.ndarray = ((logits / self.temperature).sigmoid()[:, 0] * 255).round().byte().cpu().numpy()
+        return answers
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -121,37 +143,6 @@ def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):
         return None
     return found if found.shape == shape and found.dtype == np.uint8 else None
-
-
-def _ready(teachers: Sequence[Segmenter], device: torch.device | str) -> EnsembleTeacher:
-    return EnsembleTeacher(teachers).to(device).to(memory_format=torch.channels_last)
-
-
-def _answers(
-    network: EnsembleTeacher, dataset: CachedDataset, rows: np.ndarray, size: int, half: torch.dtype | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each row's number and the answer to it, uint8 (c, c)."""
-    line = Progress("predict")
-    for start in range(0, len(rows), BATCH):
-        chosen = rows[start : start + BATCH]
-        yield from zip(chosen.tolist(), _answer(network, dataset, chosen, size, half), strict=True)
-        line.count(min(start + BATCH, len(rows)), len(rows))
-    line.close(f"{len(rows)} images")
-
-
-@torch.no_grad()
-def _answer(
-    network: EnsembleTeacher, dataset: CachedDataset, chosen: np.ndarray, size: int, half: torch.dtype | None
-) -> np.ndarray:
-    """Return the answers to some rows, uint8 (b, c, c)."""
-    device = next(network.members[0].segmenter.parameters()).device  # type: ignore[union-attr]
-    image = torch.from_numpy(dataset.images[chosen]).to(device).permute(0, 3, 1, 2).float() / 255
-    image = F.interpolate(image, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    with torch.autocast(device.type, half, enabled=half is not None):
-        logits = network(normalise(image).contiguous(memory_format=torch.channels_last)).logits.float()
-    logits = F.interpolate(logits, size=dataset.images.shape[1:3], mode="bilinear", align_corners=False)
-    answers: np.ndarray = (logits.sigmoid()[:, 0] * 255).round().byte().cpu().numpy()
-    return answers
 
 
 def _write(path: Path, shape: tuple[int, int, int], answers: Iterator[tuple[int, np.ndarray]]) -> None:

@@ -13,6 +13,7 @@ from fewmask.data.augment import Augment, segment_views
 from fewmask.data.preprocess import denormalise
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distiller import Distiller, check_share
+from fewmask.distill.kd import KD
 from fewmask.distill.supervision import (
     Supervision,
     labelled_rows,
@@ -45,9 +46,10 @@ class Distill(AveragedObjective):
     mask, unless a D reads features.
 
     Several teachers answer with their mean probability ("average"), or each loss that reads logits alone is averaged
-    over them ("mean_kl", the two-stage method); features are always the first teacher's. `average` > 0 is the decay of
-    a running average of the student's weights, which then is the product. `augment` as in `Segment`. What a loss learns
-    of its own, such as a 1x1 convolution, is trained with the student and left behind.
+    over them ("mean_kl", the two-stage method, for which stored predictions are softened, see `stored_at`); features
+    are always the first teacher's. `average` > 0 is the decay of a running average of the student's weights, which then
+    is the product. `augment` as in `Segment`. What a loss learns of its own, such as a 1x1 convolution, is trained with
+    the student and left behind.
 
     Sources: METHODS, section 3; S, P, the confidence and all weights are ours. Raises UserError for settings that
     cannot work, networks of other than one class, and a student that shares weights with a teacher.
@@ -85,7 +87,7 @@ class Distill(AveragedObjective):
         `batch.extra["has_mask"]` bool (b,) says which images have a mask (absent: all, or none if there is no mask at
         all). "confidence" is the mean over the images without one, 1 where there are none; so is "supervised" 0.
         """
-        batch, stored = take_predictions(batch)
+        batch, stored = take_predictions(batch, self.stored_at)
         answers = self.teacher.outputs(batch.image) if self.asks(batch, stored) else []
         if not answers and stored is not None:
             answers = [SegOutput(stored, [])]
@@ -103,6 +105,16 @@ class Distill(AveragedObjective):
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         shown = {name: term.detach() for name, term in terms.items()}
         return {"loss": loss, **shown, "confidence": trust(given)}
+
+    @property
+    def stored_at(self) -> float:
+        """The temperature T of stored predictions, which are the mean of sigma(z / T) over the teachers.
+
+        KD's with "mean_kl", as the mean over teachers of KL(sigma(z_i / T) || q) differs from KL(mean of sigma(z_i / T)
+        || q) by what no student changes: how far the teachers are apart. Else 1.
+        """
+        softened = [loss.temperature for loss in self.distillers.values() if isinstance(loss, KD)]
+        return softened[0] if self.ensemble == "mean_kl" and softened else 1.0
 
     def asks(self, batch: Batch, stored: Tensor | None) -> bool:
         """Return whether the teachers have to answer: a loss, or for an image without a mask, and nothing is stored."""

@@ -52,16 +52,17 @@ def _labels_alone(batch: Batch, labelled: Tensor) -> Supervision:
     return Supervision(labelled, mask, labelled.float())
 
 
-def take_predictions(batch: Batch) -> tuple[Batch, Tensor | None]:
+def take_predictions(batch: Batch, temperature: float = 1.0) -> tuple[Batch, Tensor | None]:
     """Return the batch without stored predictions, and these as logits (b, 1, s, s), None where there are none.
 
-    They are the second channel of `batch.mask`. They were kept in steps of 1/255: what is nearer to 0 or 1 than half a
-    step counts as half a step away, so that logits stay within +-6.3.
+    They are the second channel of `batch.mask`: the mean of sigma(z / T) over the teachers, T the temperature. They
+    were kept in steps of 1/255: what is nearer to 0 or 1 than half a step counts as half a step away, so that logits
+    stay within +-6.3 T.
     """
     if batch.mask is None or batch.mask.shape[1] == 1:
         return batch, None
     probability = batch.mask[:, 1:].float()
-    return replace(batch, mask=batch.mask[:, :1]), torch.logit(probability, eps=0.5 / 255)
+    return replace(batch, mask=batch.mask[:, :1]), temperature * torch.logit(probability, eps=0.5 / 255)
 
 
 def labelled_rows(batch: Batch) -> Tensor:

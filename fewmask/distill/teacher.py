@@ -72,21 +72,22 @@ class EnsembleTeacher(nn.Module):
         """Return each member's logits (b, 1, s, s), for losses that are averaged over teachers."""
         return [output.logits for output in self.outputs(image)]
 
-    def forward(self, image: Tensor) -> SegOutput:
-        """Return the logit of the mean probability (b, 1, s, s) and the first member's features."""
-        return merge(self.outputs(image))
+    def forward(self, image: Tensor, temperature: float = 1.0) -> SegOutput:
+        """Return `merge` of what the members say of normalised images (b, 3, s, s)."""
+        return merge(self.outputs(image), temperature)
 
 
-def merge(outputs: Sequence[SegOutput]) -> SegOutput:
-    """Return one answer for several: the logit of the mean probability, and the features of the first.
+def merge(outputs: Sequence[SegOutput], temperature: float = 1.0) -> SegOutput:
+    """Return one answer for several: the logit of the mean probability (b, 1, s, s), and the features of the first.
 
-    log(mean p) - log(mean(1 - p)) is computed from the logits, so that it stays finite where every p rounds to 0 or 1.
+    At a temperature T it is T times the logit of the mean of sigma(z / T). log(mean p) - log(mean(1 - p)) is computed
+    from the logits, so that it stays finite where every p rounds to 0 or 1.
     """
     if len(outputs) == 1:
         return outputs[0]
-    logits = torch.stack([output.logits.float() for output in outputs])
+    logits = torch.stack([output.logits.float() for output in outputs]) / temperature
     logit = F.logsigmoid(logits).logsumexp(0) - F.logsigmoid(-logits).logsumexp(0)
-    return SegOutput(logit, outputs[0].features)
+    return SegOutput(temperature * logit, outputs[0].features)
 
 
 def size_of(segmenter: nn.Module) -> int | None:

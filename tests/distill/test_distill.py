@@ -311,6 +311,25 @@ def test_stored_predictions_teach_what_the_teacher_would(monkeypatch, losses):
         assert told[name].item() == pytest.approx(value.item(), abs=1e-5)
 
 
+def test_one_softened_answer_teaches_what_the_mean_divergence_from_several_teachers_does(monkeypatch):
+    objective = make(3, losses={"kd": {"temperature": 2.0}}, ensemble="mean_kl").eval()
+    assert objective.stored_at == 2
+    assert make(3, losses={"kd": {"temperature": 2.0}}, ensemble="average").stored_at == 1
+    batch = viewed()
+    asked = gradient(objective, batch)
+    softened = torch.stack([(logits / 2).sigmoid() for logits in objective.teacher.members_logits(batch.image)]).mean(0)
+    merged = objective.teacher(batch.image, temperature=2.0).logits
+    torch.testing.assert_close((merged / 2).sigmoid(), softened)
+    monkeypatch.setattr(objective.teacher, "outputs", lambda image: pytest.fail("the teachers were asked"))
+    torch.testing.assert_close(gradient(objective, stored(batch, softened)), asked, rtol=1e-3, atol=1e-6)
+
+
+def gradient(objective: Distill, batch: Batch) -> torch.Tensor:
+    objective.zero_grad()
+    run(objective, batch)["loss"].backward()
+    return torch.cat([p.grad.flatten() for p in objective.segmenter.parameters() if p.grad is not None])
+
+
 def test_a_loss_of_features_asks_the_teacher_whatever_is_stored():
     objective, batch = make(losses={"at": {}}), viewed([True, False, True, False])
     asked, told = run(objective, batch), run(objective, stored(batch, torch.rand_like(batch.mask)))
