@@ -208,6 +208,9 @@ NUM_HEADS = 3
 WIDTH = 0.03  # of the image's side: what `mbf` does unless told
 
 
+LIGHT = 0.1  # of those weights, where a student that has few steps learns more from masks than from features
+
+
 def _losses(*names: str, **settings: Any) -> Losses:
     return {name: {"weight": WEIGHTS[name], **settings} for name in names}
 
@@ -217,6 +220,9 @@ _BASELINES: dict[str, Row] = {"teacher": Teacher(), "alone": Student()}
 _DISTILLED = {
     **{name: Student(_losses(name)) for name in WEIGHTS},
     "kd+m2bf": Student(_losses(*_BOTH), against=_BOTH),
+    "kd-sharp": Student(_losses("kd", temperature=1.0), against=("kd",)),
+    "mbf-light": Student(_losses("mbf", weight=LIGHT * WEIGHTS["mbf"]), against=("mbf",)),
+    "m2bf-light": Student(_losses("m2bf", weight=LIGHT * WEIGHTS["m2bf"]), against=("m2bf", "mbf-light")),
 }
 _UNLABELLED = {
     "alone+pseudo": Student(unlabelled=True, pseudo_weight=1.0),
