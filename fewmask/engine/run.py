@@ -30,6 +30,10 @@ _FREE = frozenset(
     {"time", "checkpoint_seconds", "probe_every", "tensorboard", "out", "root", "unlabelled", "cache", "licence"}
 )
 
+_LEARNT = ("*/checkpoints/step_*", "*/stage.json")
+_STAGES = ("pretrain", "finetune", "distill")
+_READ_BY = {**{name: name for name in _STAGES}, "student": "distill"}  # sections that one stage alone reads
+
 
 def seed_step(seed: int, step: int, stream: int = 0) -> None:
     """Make every generator a function of (seed, step, stream) alone.
@@ -184,9 +188,11 @@ class Run:
         return read_json(path) if path.exists() else {}
 
     def _check_same(self) -> None:
-        learnt = [*self.folder.glob("*/checkpoints/step_*"), *self.folder.glob("*/stage.json")]
-        old = self._old() if learnt else {}  # before anything was learnt, a mistyped setting may be mended
+        begun = {path.relative_to(self.folder).parts[0] for pattern in _LEARNT for path in self.folder.glob(pattern)}
+        old = self._old() if begun else {}  # before anything was learnt, a mistyped setting may be mended
         for name in self.config if old else ():
+            if self._is_ahead(name, begun):
+                continue
             then, now = _flat(old.get("config", {}).get(name)), _flat(self.config[name])
             # A setting that an older version did not have yet had no other value; a method's own are all compared.
             keys = [k for k in sorted({*then, *now}) if k in then or k.startswith("method.")]
@@ -197,6 +203,15 @@ class Run:
                     f"{self.folder} holds a run with {name}.{key}={then.get(key)}, and you asked for {now.get(key)}; "
                     "use the same settings to resume it, or another --out."
                 )
+
+    def _is_ahead(self, section: str, begun: set[str]) -> bool:
+        """Return whether nothing depends on a section yet: its stage and those after it have not begun.
+
+        A chain that fails in its last stage can so be mended without its first hours being lost.
+        """
+        if section not in _READ_BY or (self.folder / "metrics.json").exists():
+            return False
+        return begun.isdisjoint(_STAGES[_STAGES.index(_READ_BY[section]) :])
 
     def _claim(self) -> None:
         try:

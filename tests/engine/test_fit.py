@@ -229,6 +229,41 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
         train(tmp_path, epochs=2)
 
 
+def enter(folder, begun=(), **sections):
+    """Enter a run of a chain whose sections have these rates, the stages `begun` having left a checkpoint."""
+    rates = {"model": 0, "pretrain": 0, "finetune": 0, "student": 0, "distill": 0} | sections
+    with Run(folder, "run", {name: {"lr": rate} for name, rate in rates.items()}):
+        for stage in begun:
+            (folder / stage / "checkpoints" / "step_1").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("begun", "section", "free"),
+    [
+        ((), "model", True),
+        (("pretrain",), "model", False),
+        (("pretrain",), "pretrain", False),
+        (("pretrain",), "finetune", True),
+        (("pretrain",), "student", True),
+        (("finetune",), "pretrain", False),  # it was left out, and what was learnt since began without it
+        (("finetune",), "distill", True),
+        (("finetune", "distill"), "distill", False),
+        (("finetune", "distill"), "student", False),
+    ],
+)
+def test_settings_of_a_stage_ahead_may_be_mended(tmp_path, begun, section, free):
+    enter(tmp_path, begun)
+    if not free:
+        with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=0, and you asked for 1"):
+            enter(tmp_path, **{section: 1})
+        return
+    enter(tmp_path, **{section: 1})
+    (tmp_path / "metrics.json").touch()  # figures that the new settings would not change
+    if begun:
+        with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=1, and you asked for 2"):
+            enter(tmp_path, **{section: 2})
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     with Run(tmp_path, "test", {}), pytest.raises(UserError, match="Another run works in"):
         train(tmp_path)
