@@ -109,11 +109,41 @@ def pretrained() -> list[str]:
     return lines
 
 
+DATA = {"two_stage_isic": "ISIC-2017", "two_stage_cxr": "lungs"}
+
+
+def two_stage() -> list[str]:
+    """Return the two-stage tables beside each other: Dice of each row, and its difference to a network of its own."""
+    found = {
+        name: json.loads(path.read_text()) for name in DATA if (path := HERE / "results" / f"{name}.json").exists()
+    }
+    heads = ["row", *(f"{DATA[name]}, {what}" for name in found for what in ("Dice", "against plain, points"))]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---|" * (len(heads) - 1)]
+    cells = {
+        name: {cell["row"]: cell for cell in table["rows"] if cell["set"] == "test"} for name, table in found.items()
+    }
+    for row in dict.fromkeys(row for table in cells.values() for row in table):
+        figures: list[str] = []
+        for name, table in found.items():
+            cell = cells[name].get(row)
+            figures += (
+                [f"{cell['dice']['mean']:.3f}", gain(table, row, cell["fraction"], "plain")] if cell else ["", ""]
+            )
+        lines.append(f"| {' | '.join([row, *figures])} |")
+    return lines
+
+
 def main() -> None:
     """Replace what stands between each pair of markers in the README."""
     readme = HERE.parent / "README.md"
     text = readme.read_text()
-    tables = {"results": runs, "pretrained": pretrained, "students": students, "continued": continued}
+    tables = {
+        "results": runs,
+        "pretrained": pretrained,
+        "students": students,
+        "continued": continued,
+        "two-stage": two_stage,
+    }
     for name, make in tables.items():
         made = make()
         begin, end = BEGIN.format(name), END.format(name)
