@@ -244,7 +244,8 @@ def reproduce(
     In boundary-distillation, grid.student names the student's recipe (tiny_unet, mobile_unet or a file), model.* the
     teacher that each cell trains, and grid.teachers='["RUN"]' a teacher of your own instead.
 
-    Leaves table.json and table.md beside the runs, written anew after each. Stop it at any time.
+    Leaves table.json and table.md beside the runs, written anew after each. Stop it at any time. Start the same command
+    several times, each with run.threads=1, and the processes share the work.
     """
     from fewmask.commands.reproduce import reproduce as command
 

@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something the user can mend; its message is one sentence: which file, what is wrong, what to do. Exit code 1."""
 
 
+class FolderInUseError(UserError):
+    """Another process works in a run folder."""
+
+
 class Interrupted(Exception):
     """The user (or the system) asked to stop; everything needed to go on is on disk. Exit code 130."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from fewmask.data.manifest import load_cases
 from fewmask.data.splits import hold_out_fold
 from fewmask.engine.run import is_main, read_json, write_json
 from fewmask.engine.stage import Progress
-from fewmask.types import Case, UserError
+from fewmask.types import Case, FolderInUseError, UserError
+
+POLL_SECONDS = 2.0
 
 # What of the grid a folder's runs must have in common, by kind of table.
 PLANS = {
@@ -45,8 +49,9 @@ def reproduce(
     """Run the grid of a table, job after job, and leave `table.json` and `table.md` in `out`; exit code 0 or 1.
 
     The table is written anew after every cell that took longer than writing it, so that the work can be cut anywhere,
-    and the same command goes on from there without delay. 1 is returned when a pre-training or a distillation ended
-    badly: that is then reported as not run, with the reason.
+    and the same command goes on from there without delay. Processes that were given the same command share the work: a
+    cell that another one is busy with is put off. 1 is returned when a pre-training or a distillation ended badly: that
+    is then reported as not run, with the reason.
     """
     out = out or Path("runs") / f"{table}-{budget}"
     order = place_order(table, budget, out, data, manifest, unlabelled, settings)
@@ -56,20 +61,39 @@ def reproduce(
     for name, reason in left_out.items():
         Progress(name).close(f"not run: {reason}")
     planned, to_write = list(cells(order, left_out)), 0.0
-    for number, cell in enumerate(planned, start=1):
+    for number, (cell, seconds) in enumerate(run_cells(order, planned, to_score, left_out), start=1):
         begun = time.perf_counter()
-        run_cell(order, cell, to_score, left_out)
-        finished = time.perf_counter()
-        if is_main() and finished - begun > to_write:
+        if is_main() and seconds > to_write:
             note_costs(order)
             _write(order, scene, left_out)
-            to_write = time.perf_counter() - finished
+            to_write = time.perf_counter() - begun
         line.update(number / len(planned), cell_names(*cell)[1], force=True)
     if is_main():
         note_costs(order)
         found = _write(order, scene, left_out)
         print(json.dumps(found) if as_json else f"{markdown(found)}\ntable: {out / 'table.md'}")
     return 1 if left_out.keys() > scene.left_out.keys() else 0
+
+
+def run_cells(
+    order: Order, planned: Iterable[Cell], unseen: Sequence[Case], left_out: dict[str, str]
+) -> Iterator[tuple[Cell, float]]:
+    """Do the cells and yield each with its seconds; those that another process is busy with come last."""
+    waiting, in_use = deque(planned), 0
+    while waiting:
+        cell, begun = waiting.popleft(), time.perf_counter()
+        try:
+            run_cell(order, cell, unseen, left_out)
+        except FolderInUseError:
+            if "RANK" in os.environ:  # the processes of one training go in step, and only one of them has the lock
+                raise
+            waiting.append(cell)
+            in_use += 1
+            if in_use >= len(waiting):  # all that is left
+                time.sleep(POLL_SECONDS)
+            continue
+        in_use = 0
+        yield cell, time.perf_counter() - begun
 
 
 def run_cell(order: Order, cell: Cell, unseen: Sequence[Case], left_out: dict[str, str]) -> None:

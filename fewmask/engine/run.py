@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewmask.types import Interrupted, UserError
+from fewmask.types import FolderInUseError, Interrupted, UserError
 
 PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
 # Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
@@ -225,7 +225,9 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._release()
-            raise UserError(f"Another run works in {self.folder}; wait for it or choose another --out.") from None
+            raise FolderInUseError(
+                f"Another run works in {self.folder}; wait for it or choose another --out."
+            ) from None
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -20,6 +20,7 @@ from fewmask.commands.reproduce import reproduce
 from fewmask.commands.table import describe_cell
 from fewmask.commands.tables import TABLES
 from fewmask.data.synthetic import make_dataset
+from fewmask.engine.run import Run
 from fewmask.types import UserError
 
 GRID = ('grid.rows=["random", "mae"]', "grid.seeds=2", "run.device=cpu")
@@ -160,6 +161,29 @@ def test_a_killed_grid_goes_on_and_gets_the_same_figures(finished, split_data, t
     assert trained.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("stage.json")}.items()
     expected = [row for row in table(finished)["rows"] if row["fraction"] == 1.0 and row["set"] == "test"]
     assert table(out)["rows"] == expected
+
+
+def test_a_cell_that_another_process_is_busy_with_comes_last(finished, split_data, unseen, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    first, second = out / "random" / "0.5-0", out / "mae" / "0.5-0"
+    for folder in (first, second):
+        (folder / "metrics.json").unlink()
+    (out / "table.json").unlink()
+    other = Run(first, "finetune", {})
+    before = (first / "run.json").read_bytes()
+    other._claim()
+
+    def finish(seconds):
+        """The other process goes away, once everything else is done."""
+        assert (second / "metrics.json").exists()
+        assert not (first / "metrics.json").exists()
+        assert (first / "run.json").read_bytes() == before
+        other._release()
+
+    monkeypatch.setattr("fewmask.commands.reproduce.time.sleep", finish)
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, out, TWO) == 0
+    assert table(out)["rows"] == table(finished)["rows"]
 
 
 def test_supervised_without_labels_is_told_and_not_run(split_data, tmp_path):
