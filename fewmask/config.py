@@ -86,7 +86,8 @@ class DataSection(Section):
 class StudentSection(Section):
     """The network that the distill stage trains; it sees images of `model.size`.
 
-    `weights` may also be "teacher": the first teacher's encoder, where student and teacher have the same one.
+    `weights` may also be "teacher": where student and teacher have the same encoder, it starts from the teacher's, and
+    where they are the same network altogether, from the whole of it; of several teachers, from the best by validation.
     """
 
     encoder: str = "efficientnet_lite0"

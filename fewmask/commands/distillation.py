@@ -49,8 +49,9 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     digests = check_same_teachers(stage, files)
     seed_step(recipe.run.seed, 0, stream=4)
     models = [load_teacher(file) for file in files]
-    weights = str(files[0]) if recipe.student.weights == FROM_TEACHER else recipe.student.weights
-    objective = objective_for("distill", recipe, weights, teachers=models)
+    start = best_of(files) if recipe.student.weights == FROM_TEACHER else None
+    weights = recipe.student.weights if start is None else str(start)
+    objective = objective_for("distill", recipe, weights, whole=start, teachers=models)
     assert isinstance(objective, Distill)
     once = Answers(stage, recipe, data, models, digests, objective.stored_at) if asks_once else None
     asked = stage.now()
@@ -110,6 +111,13 @@ def check_before_training(recipe: Recipe) -> None:
     encoder = build_encoder(model.encoder, "none", size=model.size, **model.encoder_settings)
     stand_in = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
     objective_for("distill", recipe, "none", teachers=[stand_in])
+
+
+def best_of(files: Sequence[Path]) -> Path:
+    """Return the teacher with the highest validation Dice by the stage.json beside it, or the first if one has none."""
+    facts = [read_json(path) if (path := file.parent / "stage.json").is_file() else {} for file in files]
+    scores = [found.get("best_score") for found in facts]
+    return files[0] if None in scores else files[scores.index(max(scores))]
 
 
 def digests_of(files: Sequence[Path]) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewmask.models.cnn import Cnn
 from fewmask.models.encoder import Encoder
+from fewmask.models.segmenter import Segmenter
 from fewmask.models.storage import find_model_file, read_model_file
 from fewmask.models.vit import Vit
 from fewmask.types import UserError
@@ -82,6 +83,19 @@ def load_own(encoder: Encoder, path: Path) -> None:
     if isinstance(encoder, Cnn) and eps is not None:
         encoder.set_norm_eps(eps)
     load_checked(encoder, tensors, str(path))
+
+
+def load_whole(segmenter: Segmenter, path: Path) -> bool:
+    """Fill a segmenter from the file of one with the same tensors, encoder and decoder; return False for another one's.
+
+    One that was made for another image size is another one where its encoder keeps positions.
+    """
+    _, tensors = read_model_file(path)
+    own = segmenter.state_dict()
+    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+        return False
+    segmenter.load_state_dict(tensors)
+    return True
 
 
 def load_checked(encoder: Encoder, tensors: dict[str, Tensor], where: str) -> None:
