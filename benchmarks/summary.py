@@ -110,6 +110,9 @@ def pretrained() -> list[str]:
 
 
 DATA = {"two_stage_isic": "ISIC-2017", "two_stage_cxr": "lungs"}
+SHOWN = (
+    "plain", "best-single", "uniform", "pcgrad", "five-seeds-ensemble", "five-seeds-distilled", "ensemble", "distilled",
+)  # fmt: skip
 
 
 def two_stage() -> list[str]:
@@ -122,7 +125,7 @@ def two_stage() -> list[str]:
     cells = {
         name: {cell["row"]: cell for cell in table["rows"] if cell["set"] == "test"} for name, table in found.items()
     }
-    for row in dict.fromkeys(row for table in cells.values() for row in table):
+    for row in SHOWN:
         figures: list[str] = []
         for name, table in found.items():
             cell = cells[name].get(row)
