@@ -89,7 +89,9 @@ def run_cells(
                 raise
             waiting.append(cell)
             in_use += 1
-            if in_use >= len(waiting):  # all that is left
+            if in_use == len(waiting):
+                Progress("reproduce").close("waiting for the processes that work on all that is left")
+            if in_use >= len(waiting):
                 time.sleep(POLL_SECONDS)
             continue
         in_use = 0

@@ -207,9 +207,10 @@ class Run:
     def _is_ahead(self, section: str, begun: set[str]) -> bool:
         """Return whether nothing depends on a section yet: its stage and those after it have not begun.
 
-        A chain that fails in its last stage can so be mended without its first hours being lost.
+        A chain that fails in its last stage can so be mended without its first hours being lost. What is no chain, such
+        as a selection, reads several sections at once.
         """
-        if section not in _READ_BY or (self.folder / "metrics.json").exists():
+        if section not in _READ_BY or not begun.issubset(_STAGES) or (self.folder / "metrics.json").exists():
             return False
         return begun.isdisjoint(_STAGES[_STAGES.index(_READ_BY[section]) :])
 

@@ -249,6 +249,9 @@ def enter(folder, begun=(), **sections):
         (("finetune",), "distill", True),
         (("finetune", "distill"), "distill", False),
         (("finetune", "distill"), "student", False),
+        (("select",), "pretrain", False),  # its candidates were trained as these sections say
+        (("select",), "finetune", False),
+        (("ensemble",), "finetune", False),
     ],
 )
 def test_settings_of_a_stage_ahead_may_be_mended(tmp_path, begun, section, free):
