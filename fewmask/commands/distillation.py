@@ -51,7 +51,8 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     models = [load_teacher(file) for file in files]
     start = best_of(files) if recipe.student.weights == FROM_TEACHER else None
     weights = recipe.student.weights if start is None else str(start)
-    objective = objective_for("distill", recipe, weights, whole=start, teachers=models)
+    whole = None if start is None else models[files.index(start)]
+    objective = objective_for("distill", recipe, weights, whole=whole, teachers=models)
     assert isinstance(objective, Distill)
     once = Answers(stage, recipe, data, models, digests, objective.stored_at) if asks_once else None
     asked = stage.now()

@@ -24,7 +24,7 @@ from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
 from fewmask.finetune import FINETUNERS
 from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, save_model
-from fewmask.models.weights import load_whole
+from fewmask.models.weights import copy_whole
 from fewmask.objective import Objective
 from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import build, choose
@@ -125,11 +125,11 @@ def _superpixels(data: Prepared, slic: Slic) -> np.ndarray:
 
 
 def objective_for(
-    stage: str, recipe: Recipe, weights: str, num_classes: int = 0, whole: Path | None = None, **offered: Any
+    stage: str, recipe: Recipe, weights: str, num_classes: int = 0, whole: Segmenter | None = None, **offered: Any
 ) -> Objective:
     """Return a stage's objective, its network built as the recipe says and its encoder filled from `weights`.
 
-    With `whole`, a segmenter's model file, the decoder is filled too where it is the same. `offered` is what else a
+    With `whole`, a segmenter, the decoder is filled from it too where the two are of one kind. `offered` is what else a
     method may ask for in its constructor, such as `teachers`.
     """
     model, size = recipe.student if stage == "distill" else recipe.model, recipe.model.size
@@ -141,7 +141,7 @@ def objective_for(
     if stage != "pretrain":
         offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
         if whole is not None:
-            load_whole(offered["segmenter"], whole)
+            copy_whole(offered["segmenter"], whole)
     settings = dict(recipe.stage(stage).method)
     table: dict[str, Any] = METHODS[stage]
     factory = choose(table, settings.pop("name"), f"{stage} method")

@@ -190,8 +190,8 @@ TWO_STAGE_BUDGETS: dict[str, Settings] = {
 }  # fmt: skip
 """As above; the two-stage method's own setting is not in the text we have either.
 
-"cpu" gives every network the same steps of segmentation, not the same time: in half a minute each, whatever a task
-takes is missing from the segmentation, and plain training wins.
+"cpu" gives every network the same steps of segmentation, not the same time: in half a minute each, what a task takes
+is missing from the segmentation, and plain training won on the fold that was tried.
 """
 
 

@@ -85,13 +85,12 @@ def load_own(encoder: Encoder, path: Path) -> None:
     load_checked(encoder, tensors, str(path))
 
 
-def load_whole(segmenter: Segmenter, path: Path) -> bool:
-    """Fill a segmenter from the file of one with the same tensors, encoder and decoder; return False for another one's.
+def copy_whole(segmenter: Segmenter, source: Segmenter) -> bool:
+    """Fill a segmenter from one with the same tensors, encoder and decoder; return False, and leave it, for another.
 
     One that was made for another image size is another one where its encoder keeps positions.
     """
-    _, tensors = read_model_file(path)
-    own = segmenter.state_dict()
+    own, tensors = segmenter.state_dict(), source.state_dict()
     if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
         return False
     segmenter.load_state_dict(tensors)
