@@ -116,7 +116,7 @@ SHOWN = (
 
 
 def two_stage() -> list[str]:
-    """Return the two-stage tables beside each other: Dice of each row, and its difference to a network of its own."""
+    """Return the two-stage tables beside each other: Dice of each row, and its difference to plain training."""
     found = {
         name: json.loads(path.read_text()) for name in DATA if (path := HERE / "results" / f"{name}.json").exists()
     }
