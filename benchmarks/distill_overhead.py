@@ -5,7 +5,7 @@
 Each step is `engine.fit`'s own, views, clipping and averaging included, on one fixed batch; the parts take turns in one
 process and medians over the rounds are compared. `ratio` is a step with a loss over the sum of the student's step alone
 and of the teacher's forward, which no distillation that asks its teacher can do without: the rest is what the losses
-cost. "predict_once" is a step whose teacher was asked before the training.
+cost. "predict_once" is a step whose teacher was asked before the training, its features included.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from throughput import build_loop, one_step, raw_batch, take_turns
 
 from fewmask.config import RunSection, StageSection
+from fewmask.data.preprocess import normalise
 from fewmask.distill.distill import Distill
 from fewmask.engine.fit import Fit, resolve_precision
 from fewmask.engine.run import versions, write_json
@@ -42,14 +43,17 @@ def build(name: str, size: int) -> Segmenter:
 
 
 def loop_for(name: str, losses: dict[str, Any], args: argparse.Namespace, folder: Path, once: bool = False) -> Fit:
-    """Return fewmask's loop of a student with these losses, its teacher's predictions stored if `once`."""
+    """Return fewmask's loop of a student with these losses, what they read of its teacher stored if `once`."""
     torch.manual_seed(0)
     student, teacher = build(args.student, args.size), build(args.teacher, args.size)
     objective = Distill(student, [teacher], size=args.size, losses=losses, average=0.99)
     batch = raw_batch(args.batch, args.size, masked=True)
     if once:
         assert batch.mask is not None
-        batch = replace(batch, mask=torch.cat([batch.mask, batch.mask], dim=1))
+        with torch.no_grad():
+            output = teacher(normalise(batch.image.float() / 255))
+        features = [output.features[level].half() for level in objective.stored_levels]
+        batch = replace(batch, mask=torch.cat([batch.mask, batch.mask], dim=1), features=features)
     section = StageSection(method={"name": "distill"}, lr=1e-3, batch_size=args.batch)
     return build_loop(objective, batch, section, args.precision, folder / name)
 
@@ -77,7 +81,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as scratch:
         loops = {name: loop_for(name, losses, args, Path(scratch)) for name, losses in LOSSES.items()}
-        loops["kd, predict_once"] = loop_for("once", {"kd": {}}, args, Path(scratch), once=True)
+        for name in ("kd", "mbf", "m2bf"):
+            loops[f"{name}, predict_once"] = loop_for(f"{name} once", LOSSES[name], args, Path(scratch), once=True)
         sides: dict[str, Any] = {name: partial(one_step, loop) for name, loop in loops.items()}
         image = loops["kd"].views(loops["kd"].loader.batch(0)).image
         sides["teacher"] = partial(teacher_alone, loops["kd"], image)

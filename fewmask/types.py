@@ -52,8 +52,10 @@ class Batch:
 
     As loaded: `image` uint8 (b, 3, c, c) at cache size, `mask` uint8 (b, 1, c, c) holding 0..255 coverage or None.
     After an objective's views: `image` float32 (b, 3, s, s), normalised; `mask` float32 (b, 1, s, s) in [0, 1] or None.
-    `label` is int64 (b,), -1 where unknown. `extra` holds what a method adds (a second view, a superpixel map). `other`
-    is a batch of other images that is loaded beside this one, for an objective that learns a second task from them.
+    `label` is int64 (b,), -1 where unknown. `extra` holds what a method adds (a second view, a superpixel map).
+    `features` are what was stored of a teacher's features, float16 (b, c_i, h_i, w_i), which the views of segmentation
+    move with their picture. `other` is a batch of other images that is loaded beside this one, for an objective that
+    learns a second task from them.
     """
 
     image: Tensor
@@ -61,6 +63,7 @@ class Batch:
     mask: Tensor | None = None
     label: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    features: list[Tensor] = field(default_factory=list)
     other: Batch | None = None
 
     def to(self, device: object) -> Batch:
@@ -71,6 +74,7 @@ class Batch:
             mask=None if self.mask is None else self.mask.to(device, non_blocking=True),  # type: ignore[call-overload]
             label=None if self.label is None else self.label.to(device, non_blocking=True),  # type: ignore[call-overload]
             extra={k: v.to(device, non_blocking=True) for k, v in self.extra.items()},  # type: ignore[call-overload]
+            features=[feature.to(device, non_blocking=True) for feature in self.features],  # type: ignore[call-overload]
             other=None if self.other is None else self.other.to(device),
         )
 

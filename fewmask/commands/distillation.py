@@ -54,7 +54,8 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     whole = None if start is None else models[files.index(start)]
     objective = objective_for("distill", recipe, weights, whole=whole, teachers=models)
     assert isinstance(objective, Distill)
-    once = Answers(stage, recipe, data, models, digests, objective.stored_at) if asks_once else None
+    levels, temperature = objective.stored_levels, objective.stored_at
+    once = Answers(stage, recipe, data, models, digests, temperature, levels) if asks_once else None
     asked = stage.now()
     loader = stream(recipe, section, data, once)
     if stage.budget is not None:  # asking the teachers is part of the time that was given
@@ -72,28 +73,21 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     return path
 
 
-def why_not_once(section: DistillSection) -> str:
-    """Return why the teachers' predictions, made once, are not enough for a section, in a sentence; "" if they are."""
-    losses, pseudo = section.method.get("losses", KD_ALONE), section.method.get("pseudo_weight", 0)
-    if others := [name for name in losses if name not in LOGIT_LOSSES]:
-        return (
-            f"distill.predict_once keeps predictions alone, and '{others[0]}' compares networks as they train: name "
-            f"only {', '.join(LOGIT_LOSSES)} in distill.method.losses, or set predict_once=false."
-        )
-    if not losses and not (pseudo and section.unlabelled):
-        return (
+def predicts_once(section: DistillSection) -> bool:
+    """Return whether the teachers are asked before the training; a UserError where that is asked for and for nothing.
+
+    Unless told, they are where the losses read predictions alone: features take more room than images do.
+    """
+    losses = section.method.get("losses", KD_ALONE)
+    listens = bool(losses) or (section.method.get("pseudo_weight", 0) > 0 and section.unlabelled)
+    if section.predict_once is True and not listens:
+        raise UserError(
             "With distill.predict_once and no loss nothing would learn from the predictions: set "
             "distill.method.losses={kd={}}, or distill.method.pseudo_weight=1 and distill.unlabelled=true."
         )
-    return ""
-
-
-def predicts_once(section: DistillSection) -> bool:
-    """Return whether the teachers are asked before the training; a UserError where that is asked for and not enough."""
-    why_not = why_not_once(section)
-    if section.predict_once is True and why_not:
-        raise UserError(why_not)
-    return section.predict_once is not False and not why_not
+    if section.predict_once == "auto":
+        return listens and all(name in LOGIT_LOSSES for name in losses)
+    return section.predict_once
 
 
 def check_before_training(recipe: Recipe) -> None:
@@ -143,7 +137,7 @@ def check_same_teachers(stage: Stage, files: Sequence[Path]) -> list[str]:
 def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Answers | None) -> Stream:
     """Return the batches of a distillation: labelled images alone, or beside those without a mask.
 
-    `once`, where given, predicts all that its time allows, and the predictions come with each batch.
+    `once`, where given, asks about all that its time allows, and the answers come with each batch.
     """
     labelled = set(data.labelled)
     others = [i for i in data.body if i not in labelled] if section.unlabelled else []
@@ -157,14 +151,14 @@ def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Answer
         once = None
     if once is not None:
         others = once.affordable(others)
-    predictions = once.of([*data.labelled, *others]) if once is not None else None
+    stored = once.of([*data.labelled, *others])._asdict() if once is not None else {}
     if not others:
-        return Loader(data.dataset, data.labelled, section.batch_size, seed, least, predictions=predictions)
+        return Loader(data.dataset, data.labelled, section.batch_size, seed, least, **stored)
     num = min(max(round(section.labelled_share * section.batch_size), 1), section.batch_size - 1)
     if num < 1:
         raise UserError("distill.batch_size must be at least 2 to hold images with and without masks; raise it.")
-    known = Loader(data.dataset, data.labelled, num, seed, least, predictions=predictions)
-    unknown = Loader(data.dataset, others, section.batch_size - num, seed, least, predictions=predictions)
+    known = Loader(data.dataset, data.labelled, num, seed, least, **stored)
+    unknown = Loader(data.dataset, others, section.batch_size - num, seed, least, **stored)
     return MixedLoader(known, unknown)
 
 

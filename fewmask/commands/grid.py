@@ -35,7 +35,7 @@ SET_BY_GRID = {
     "data.fold": "grid.folds",
     "distill.teachers": "grid.teachers",
     "distill.unlabelled": "grid.rows",
-    "distill.predict_once": "grid.rows",
+    "distill.predict_once": "grid.predict_once",
     "distill.method.losses": "grid.rows",
     "distill.method.pseudo_weight": "grid.rows",
 }
@@ -60,6 +60,7 @@ USED_BY = {
     "grid.distill_time": ("distilled", "two-stage"),
     "grid.student": ("distilled", "two-stage"),
     "grid.teachers": ("distilled",),
+    "grid.predict_once": ("distilled",),
 }
 SECTIONS = {
     "pretrain": ("pretrain",),
@@ -79,7 +80,8 @@ class Grid:
     of the segmenter for each, which draw their masks anew; `pretrain_seeds` pre-trainings a row, used in turn by the
     seeds; the time of one training, such as "20m", or "none" for all its epochs; `num_unseen` images of the unseen
     data set are scored, 0 for all. `student` is the recipe with [student] and [distill] that students are made by;
-    `teachers` are run folders or model files that stand for every cell's own teacher, several as an ensemble.
+    `teachers` are run folders or model files that stand for every cell's own teacher, several as an ensemble; with
+    `predict_once` each says once, before the training, what it sees (two-stage: always; see `DistillSection`).
     `train_time` is the time of each single network of a two-stage table, a pre-training and its fine-tuning together.
     With `folds`, for data without splits, a seed's test images are the patients of one fold, so that `seeds` is their
     number. Raises UserError for values that cannot be.
@@ -97,6 +99,7 @@ class Grid:
     num_unseen: int = 0
     student: str = "tiny_unet"
     teachers: tuple[Path, ...] = ()
+    predict_once: bool = False
 
     def __post_init__(self) -> None:
         """Check what types do not say."""
@@ -277,8 +280,9 @@ class Order:
             "run.time": self.grid.distill_time,
             "data.label_fraction": fraction,
             "distill.unlabelled": what.unlabelled,
-            # Rows of boundary distillation compare features, and all rows of a table are to be alike.
-            "distill.predict_once": self.what.selects,
+            # All rows alike, but for those that ask nothing.
+            "distill.predict_once": (self.what.selects or self.grid.predict_once)
+            and bool(what.losses or what.pseudo_weight),
             "distill.method.losses": dict(what.losses),
             "distill.method.pseudo_weight": what.pseudo_weight,
             **({"distill.method.ensemble": what.ensemble} if what.ensemble else {}),

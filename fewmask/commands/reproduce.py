@@ -30,7 +30,7 @@ POLL_SECONDS = 2.0
 # What of the grid a folder's runs must have in common, by kind of table.
 PLANS = {
     "pretrained": ("pretrain_time", "finetune_time", "pretrain_seeds"),
-    "distilled": ("finetune_time", "distill_time", "student"),
+    "distilled": ("finetune_time", "distill_time", "student", "predict_once"),
     "two-stage": ("train_time", "distill_time", "student", "folds"),
 }
 

@@ -1,13 +1,14 @@
 """From a raw batch to a normalised one, augmented: batched, on the batch's device, from torch's global generator.
 
 Every class here is a `Views`: it takes a `Batch` as loaded (uint8) and returns a new one; the input is not changed.
-`label` and `extra` pass through untouched: a method whose `extra` holds a map over pixels moves it itself.
+`label` and `extra` pass through untouched: a method whose `extra` holds a map over pixels moves it itself. `features`
+move with their picture in the views of segmentation, at their own resolution.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +96,26 @@ class PretrainViews:
         return unstack(batch, crop_resize(x, boxes, self.size), self.colour)
 
 
+class Move(NamedTuple):
+    """Where each picture of a batch goes: through its matrix (b, 2, 3) where `warped` (b,), else its box (b, 4)."""
+
+    warped: Tensor
+    matrices: Tensor
+    boxes: Tensor
+
+    def __call__(self, x: Tensor, size: int) -> Tensor:
+        """Return `x` (b, k, h, w), whatever its resolution, moved to (b, k, size, size)."""
+        if self.warped.all():
+            return warp(x, self.matrices, size)
+        if not self.warped.any():
+            return crop_resize(x, self.boxes, size)
+        out = x.new_empty(len(x), x.shape[1], size, size)
+        for chosen, move, numbers in ((self.warped, warp, self.matrices), (~self.warped, crop_resize, self.boxes)):
+            rows = chosen.nonzero().squeeze(1).to(x.device)
+            out[rows] = move(x[rows], numbers[chosen], size)
+        return out
+
+
 @dataclass(frozen=True)
 class SegmentViews:
     """Flips, an affine map with probability `geometric`, and colour; the mask moves with its picture. Values are ours.
@@ -130,22 +151,14 @@ class SegmentViews:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the augmented, normalised batch."""
-        return unstack(batch, self._move(stack_mask(batch)), self.colour)
+        move = self._draw(len(batch.image))
+        features = [move(feature.float(), feature.shape[-1]) for feature in batch.features]
+        return unstack(replace(batch, features=features), move(stack_mask(batch), self.size), self.colour)
 
-    def _move(self, x: Tensor) -> Tensor:
-        flips = random_flips(len(x), self.flip, self.vertical)
-        boxes = flip_boxes(whole_boxes(len(x)), *flips)
-        matrices = self._draw_matrices(len(x), torch.stack(flips, 1))
-        warped = torch.rand(len(x)) < self.geometric
-        if warped.all():
-            return warp(x, matrices, self.size)
-        if not warped.any():
-            return crop_resize(x, boxes, self.size)
-        out = x.new_empty(len(x), x.shape[1], self.size, self.size)
-        for chosen, move, numbers in ((warped, warp, matrices), (~warped, crop_resize, boxes)):
-            rows = chosen.nonzero().squeeze(1).to(x.device)
-            out[rows] = move(x[rows], numbers[chosen], self.size)
-        return out
+    def _draw(self, num: int) -> Move:
+        flips = random_flips(num, self.flip, self.vertical)
+        matrices = self._draw_matrices(num, torch.stack(flips, 1))
+        return Move(torch.rand(num) < self.geometric, matrices, flip_boxes(whole_boxes(num), *flips))
 
     def _draw_matrices(self, num: int, flips: Tensor) -> Tensor:
         angle = uniform(num, -self.rotate, self.rotate)

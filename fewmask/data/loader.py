@@ -22,6 +22,7 @@ class Loader:
     that count as an epoch (our choice: a handful of masks would else spend its time on validation). `maps` are arrays
     uint8 (n, c, c) beside the images, such as superpixels; they arrive in `extra` as (b, 1, c, c). `predictions`, such
     an array of probabilities in 1/255, arrive as the mask's second channel and so move with it under augmentation.
+    `features` are arrays float16 (n, c_i, h_i, w_i), which arrive in the batch's `features`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Loader:
         min_steps: int = 20,
         maps: Mapping[str, np.ndarray] | None = None,
         predictions: np.ndarray | None = None,
+        features: Sequence[np.ndarray] = (),
     ) -> None:
         if len(indices) == 0:
             raise UserError("There is no image to load: the selection is empty.")
@@ -45,7 +47,7 @@ class Loader:
         self.num_images = len(self.indices)
         self.steps_per_epoch = max(math.ceil(self.num_images / batch_size), min_steps)
         self._masks = dataset.masks if dataset.has_mask[self.indices].all() else None
-        self._maps, self._predictions = dict(maps or {}), predictions
+        self._maps, self._predictions, self._features = dict(maps or {}), predictions, list(features)
         self._permutation = lru_cache(maxsize=4)(self._draw)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -68,7 +70,8 @@ class Loader:
             predicted = torch.from_numpy(_gather(self._predictions, rows))[:, None]
             mask = torch.cat([torch.zeros_like(predicted) if mask is None else mask, predicted], dim=1)
         names = [self.dataset.names[row] for row in rows]
-        return Batch(image=image, names=names, mask=mask, label=label, extra=extra)
+        features = [torch.from_numpy(_gather(array, rows)) for array in self._features]
+        return Batch(image=image, names=names, mask=mask, label=label, extra=extra, features=features)
 
     def _positions(self, start: int, stop: int) -> np.ndarray:
         """Return what stands at positions [start, stop) of the permutations laid end to end."""

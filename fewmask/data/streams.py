@@ -14,8 +14,8 @@ class MixedLoader:
     """Batches whose first rows have a mask and whose last rows have none.
 
     `extra["has_mask"]` bool (b,) says which; the mask of a row without one is zero. Either both streams have
-    predictions as a second channel of the mask, or none. An epoch is one of the labelled stream: what a user counts is
-    how often the masks were seen.
+    predictions as a second channel of the mask, or none, and likewise features. An epoch is one of the labelled stream:
+    what a user counts is how often the masks were seen.
     """
 
     def __init__(self, labelled: Loader, unlabelled: Loader) -> None:
@@ -34,7 +34,8 @@ class MixedLoader:
         if known.label is not None and unknown.label is not None:
             label = torch.cat([known.label, unknown.label])
         has_mask = torch.arange(len(image)) < len(known.names)
-        return Batch(image, known.names + unknown.names, mask, label, {"has_mask": has_mask})
+        features = [torch.cat(pair) for pair in zip(known.features, unknown.features, strict=True)]
+        return Batch(image, known.names + unknown.names, mask, label, {"has_mask": has_mask}, features)
 
 
 class PairedLoader:

@@ -34,7 +34,7 @@ class CWD(Distiller):
         super().__init__()
         self.temperature = temperature
         self.align = AlignLevels(student, teacher, levels) if on == "features" else None
-        self.reads_features = on == "features"
+        self.pairs = self.align.pairs if self.align is not None else ()
 
     def per_image(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Tensor:
         """Return the loss of each image, (b,)."""

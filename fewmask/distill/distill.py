@@ -19,7 +19,7 @@ from fewmask.distill.supervision import (
     labelled_rows,
     loss_of_each,
     supervise,
-    take_predictions,
+    take_stored,
     weighted_mean,
 )
 from fewmask.distill.teacher import EnsembleTeacher, merge
@@ -42,8 +42,8 @@ class Distill(AveragedObjective):
     ("hard") or probability ("soft"), over the images without one, each times its confidence. Each D of `losses` (name
     -> its settings and its `weight`, 1 unless given; see `DISTILLERS`) compares the two networks on all images, those
     without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`). The teachers are
-    asked only where somebody listens, and not where the batch brings their stored prediction as a second channel of its
-    mask, unless a D reads features.
+    asked only where somebody listens, and not where the batch brings what was stored of them: their prediction as a
+    second channel of its mask and, where a D compares features, those of `stored_levels`.
 
     Several teachers answer with their mean probability ("average"), or each loss that reads logits alone is averaged
     over them ("mean_kl", the two-stage method, for which stored predictions are softened, see `stored_at`); features
@@ -87,10 +87,8 @@ class Distill(AveragedObjective):
         `batch.extra["has_mask"]` bool (b,) says which images have a mask (absent: all, or none if there is no mask at
         all). "confidence" is the mean over the images without one, 1 where there are none; so is "supervised" 0.
         """
-        batch, stored = take_predictions(batch, self.stored_at)
-        answers = self.teacher.outputs(batch.image) if self.asks(batch, stored) else []
-        if not answers and stored is not None:
-            answers = [SegOutput(stored, [])]
+        batch, stored = take_stored(batch, self.stored_levels, self.stored_at)
+        answers = [stored] if stored is not None else self.ask(batch)
         given = supervise(batch, merge(answers).logits if answers else None)
         student: SegOutput = self.segmenter(batch.image)
         terms = self.supervised(student.logits, given)
@@ -99,7 +97,7 @@ class Distill(AveragedObjective):
         for name, distiller in self.distillers.items():
             assert isinstance(distiller, Distiller)
             # One loss for each teacher only where that differs from one for all: features are the first one's.
-            each = answers if self.ensemble == "mean_kl" and not distiller.reads_features else [teacher]
+            each = answers if self.ensemble == "mean_kl" and not distiller.pairs else [teacher]
             terms[name] = torch.stack([distiller(student, answer, filled) for answer in each]).mean(0)
         weights = {"supervised": self.supervised_weight, "pseudo": self.pseudo_weight, **self.weights}
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -116,11 +114,16 @@ class Distill(AveragedObjective):
         softened = [loss.temperature for loss in self.distillers.values() if isinstance(loss, KD)]
         return softened[0] if self.ensemble == "mean_kl" and softened else 1.0
 
-    def asks(self, batch: Batch, stored: Tensor | None) -> bool:
-        """Return whether the teachers have to answer: a loss, or for an image without a mask, and nothing is stored."""
-        if stored is not None:
-            return any(distiller.reads_features for distiller in self.distillers.values())
-        return len(self.distillers) > 0 or (self.pseudo_weight > 0 and not bool(labelled_rows(batch).all()))
+    @property
+    def stored_levels(self) -> tuple[int, ...]:
+        """The teacher's features that the losses compare, counted from the finest, 0: what is stored beside logits."""
+        pairs = [pair for loss in self.distillers.values() for pair in loss.pairs]  # type: ignore[union-attr]
+        return tuple(sorted({pair.teacher for pair in pairs}))
+
+    def ask(self, batch: Batch) -> list[SegOutput]:
+        """Return the teachers' answers, none where nobody listens: no loss, and no image without a mask to learn."""
+        needed = len(self.distillers) > 0 or (self.pseudo_weight > 0 and not bool(labelled_rows(batch).all()))
+        return self.teacher.outputs(batch.image) if needed else []
 
     def supervised(self, logits: Tensor, given: Supervision) -> dict[str, Tensor]:
         """Return "supervised" and "pseudo": the segmentation losses on labels and on the teacher's predictions."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fewmask.distill.align import Pair
 from fewmask.types import Batch, SegOutput, UserError
 
 
@@ -16,10 +18,10 @@ class Distiller(nn.Module, ABC):
     c is `batch.extra["confidence"]` (b,) in [0, 1], 1 where there is none: an image without a label weighs as much as
     its teacher is sure of it. l is `per_image`. Everything is float32 whatever precision the networks run in, and no
     gradient reaches the teacher. The constructor of a subclass takes `student` and `teacher` (`Widths`) and then its
-    settings. `reads_features` says that it looks at more than the logits.
+    settings, and sets `pairs`: the features it compares, none where it looks at the logits alone.
     """
 
-    reads_features: bool = True
+    pairs: Sequence[Pair] = ()
 
     def forward(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Tensor:
         """Return the loss, a float32 scalar."""

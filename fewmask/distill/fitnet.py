@@ -22,6 +22,7 @@ class FitNet(Distiller):
     def __init__(self, student: Widths, teacher: Widths, levels: tuple[int, ...] | None = None) -> None:
         super().__init__()
         self.align = AlignLevels(student, teacher, levels)
+        self.pairs = self.align.pairs
 
     def per_image(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Tensor:
         """Return the loss of each image, (b,)."""

@@ -17,8 +17,6 @@ class KD(Distiller):
     included. It is zero for identical logits alone. A temperature of zero or less raises a UserError.
     """
 
-    reads_features = False
-
     def __init__(self, student: Widths, teacher: Widths, temperature: float = 4.0) -> None:
         check_temperature(temperature)
         super().__init__()

@@ -41,6 +41,7 @@ class M2BF(Distiller):
         self.form = form
         self.masking = BandMasking(width, drop, region)
         self.align = AlignLevels(student, teacher, levels)
+        self.pairs = self.align.pairs
         self.heads = nn.ModuleList(
             nn.ModuleList(Generation(channels) for _ in range(num_heads)) for channels in self.align.channels
         )

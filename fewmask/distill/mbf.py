@@ -36,6 +36,7 @@ class MBF(Distiller):
         super().__init__()
         self.masking = BandMasking(width, drop, region)
         self.align = AlignLevels(student, teacher, levels)
+        self.pairs = self.align.pairs
         self.generations = nn.ModuleList(map(Generation, self.align.channels))
 
     def per_image(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Tensor:

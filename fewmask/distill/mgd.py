@@ -29,6 +29,7 @@ class MGD(Distiller):
         super().__init__()
         self.drop = drop
         self.align = AlignLevels(student, teacher, levels)
+        self.pairs = self.align.pairs
         self.generations = nn.ModuleList(map(Generation, self.align.channels))
 
     def per_image(self, student: SegOutput, teacher: SegOutput, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from fewmask.losses import cross_entropy_dice
-from fewmask.types import Batch
+from fewmask.types import Batch, SegOutput
 
 
 class Supervision(NamedTuple):
@@ -52,17 +53,22 @@ def _labels_alone(batch: Batch, labelled: Tensor) -> Supervision:
     return Supervision(labelled, mask, labelled.float())
 
 
-def take_predictions(batch: Batch, temperature: float = 1.0) -> tuple[Batch, Tensor | None]:
-    """Return the batch without stored predictions, and these as logits (b, 1, s, s), None where there are none.
+def take_stored(batch: Batch, levels: Sequence[int] = (), temperature: float = 1.0) -> tuple[Batch, SegOutput | None]:
+    """Return the batch without what was stored of a teacher, and this as its output, None where it is not enough.
 
-    They are the second channel of `batch.mask`: the mean of sigma(z / T) over the teachers, T the temperature. They
-    were kept in steps of 1/255: what is nearer to 0 or 1 than half a step counts as half a step away, so that logits
-    stay within +-6.3 T.
+    The second channel of `batch.mask` is the mean of sigma(z / T) over the teachers, T the temperature. It was kept in
+    steps of 1/255: what is nearer to 0 or 1 than half a step counts as half a step away, so that logits stay within
+    +-6.3 T. `batch.features` are those of the teacher's `levels`; a level between them that nobody reads is empty.
     """
     if batch.mask is None or batch.mask.shape[1] == 1:
         return batch, None
-    probability = batch.mask[:, 1:].float()
-    return replace(batch, mask=batch.mask[:, :1]), temperature * torch.logit(probability, eps=0.5 / 255)
+    logits = temperature * torch.logit(batch.mask[:, 1:].float(), eps=0.5 / 255)
+    bare = replace(batch, mask=batch.mask[:, :1], features=[])
+    if len(batch.features) != len(levels):
+        return bare, None
+    known = dict(zip(levels, batch.features, strict=True))
+    empty = logits.new_empty(len(logits), 0, 1, 1)
+    return bare, SegOutput(logits, [known.get(level, empty) for level in range(max(known, default=-1) + 1)])
 
 
 def labelled_rows(batch: Batch) -> Tensor:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from fewmask.commands.distillation import best_of, find_teachers, lost_and_gained, predicts_once
 from fewmask.commands.predictions import Answers
 from fewmask.config import DistillSection, load_recipe
+from fewmask.data.augment import PlainViews
 from fewmask.data.contents import default_cache_folder
+from fewmask.data.loader import Loader
 from fewmask.data.synthetic import make_dataset
+from fewmask.engine.fit import resolve_precision
 from fewmask.engine.run import Run
 from fewmask.engine.stage import Stage
 from fewmask.models.storage import read_model_file, write_model_file
@@ -107,7 +111,6 @@ def test_teachers_are_asked_once_wherever_predictions_are_enough(method, once):
     [
         (("distill.teachers=[]",), "no teacher"),
         (('distill.teachers=["nowhere"]',), "nowhere is no model file and no run folder"),
-        (("distill.predict_once=true", "distill.method.losses={at={}}"), "and 'at' compares networks as they train"),
         (("distill.predict_once=true", "distill.method.losses={}"), "nothing would learn from the predictions"),
         (("student.segmenter=unet",), "unet"),
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
@@ -150,6 +153,39 @@ def test_a_begun_distillation_keeps_its_teachers(taught, drawn, tmp_path, fewmas
     code, _, err = fewmask("distill", "tiny_unet", *words)
     assert code == 1
     assert "changed since its training began" in err
+
+
+def test_features_are_stored_beside_predictions_and_shared_with_students_that_need_fewer(
+    taught, drawn, tmp_path, fewmask
+):
+    words = ("data.root=" + str(drawn), f'distill.teachers=["{taught}"]', *STUDENT, "distill.predict_once=true")
+    feature_losses = "distill.method.losses={emkd={}, m2bf={}}"
+    code, _, err = fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'both'}", feature_losses)
+    assert code == 0, err
+    logged = [json.loads(line) for line in (tmp_path / "both" / "distill" / "log.jsonl").read_text().splitlines()]
+    assert all(any(line.get(name, 0) > 0 for line in logged) for name in ("emkd", "m2bf"))
+    kept = set((default_cache_folder() / "predictions").iterdir())
+    assert len(kept) == 3  # the predictions, and the maps at strides 4 and 16
+    assert fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'one'}")[0] == 0  # kd alone
+    assert set((default_cache_folder() / "predictions").iterdir()) == kept
+
+
+def test_what_is_stored_is_what_the_teacher_says_of_the_plain_image(taught, drawn, tmp_path, monkeypatch, fewmask):
+    given = []
+    of = Answers.of
+    monkeypatch.setattr(Answers, "of", lambda self, rows: given.append((self, rows, of(self, rows))) or given[-1][2])
+    words = ("data.root=" + str(drawn), f'distill.teachers=["{taught}"]', *STUDENT, "distill.predict_once=true")
+    losses = "distill.method.losses={mbf={}}"
+    assert fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'out'}", losses)[0] == 0
+    (answers, rows, stored), (level,) = given[0], given[0][0].levels
+    loaded = Loader(answers.data.dataset, rows, len(rows), 0, **stored._asdict()).batch(0)
+    batch = PlainViews(answers.recipe.model.size)(loaded)
+    half = resolve_precision(answers.recipe.run) == "bf16"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output = answers.teachers[0].eval()(batch.image)
+    wanted = output.features[level].float()
+    assert (batch.features[0].float() - wanted).abs().max() < 0.02 * wanted.abs().max()
+    torch.testing.assert_close(batch.mask[:, 1:], output.logits.float().sigmoid(), rtol=0, atol=0.1)  # resized twice
 
 
 def test_predictions_belong_to_their_images_whatever_the_order_of_folders(taught, drawn, tmp_path, fewmask):

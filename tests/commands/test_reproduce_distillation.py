@@ -297,11 +297,20 @@ def test_settings_reach_the_stage_they_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "once"), [("alone", False), ("alone+pseudo", True), ("m2bf", True), ("kd+unlabelled", True)]
+)
+def test_teachers_are_asked_once_for_every_row_that_asks_when_told_so(row, once, tmp_path):
+    assert order_of(tmp_path, tmp_path).student_recipe(row, 1.0, 0).distill.predict_once is False
+    told = order_of(tmp_path, tmp_path, "grid.predict_once=true").student_recipe(row, 1.0, 0)
+    assert told.distill.predict_once is once
+
+
+@pytest.mark.parametrize(
     ("table", "setting", "message"),
     [
         (NAME, "distill.method.losses.kd.weight=2", r"use grid\.rows"),
         (NAME, 'distill.teachers=["x"]', r"use grid\.teachers"),
-        (NAME, "distill.predict_once=true", r"use grid\.rows"),
+        (NAME, "distill.predict_once=true", r"use grid\.predict_once"),
         (NAME, "pretrain.lr=0.1", "is of no use to boundary-distillation"),
         (NAME, "grid.pretrain_seeds=2", "is of no use to boundary-distillation"),
         ("tedmae", "grid.student=tiny_unet", "is of no use to tedmae"),

@@ -161,6 +161,21 @@ def test_the_mask_follows_its_picture(seed, name):
     torch.testing.assert_close(denormalise(out.image), out.mask.expand(-1, 3, -1, -1), atol=1e-5, rtol=0)
 
 
+@given(seed=st.integers(0, 10_000), name=st.sampled_from(["segment", "flips", "xray", "plain"]))
+@settings(max_examples=40, deadline=None)
+def test_features_follow_their_picture_at_their_own_resolution(seed, name):
+    batch = raw_batch(5, 24, seed=seed)
+    same = batch.mask.half() / 255
+    coarse = F.avg_pool2d(same.float(), 3)
+    batch.features = [same.expand(-1, 7, -1, -1), coarse.half()]
+    torch.manual_seed(seed)
+    out = VIEWS[name](batch)
+    assert [feature.shape for feature in out.features] == [(5, 7, 24, 24), (5, 1, 8, 8)]
+    torch.testing.assert_close(out.features[0].float(), out.mask.expand(-1, 7, -1, -1), atol=2e-3, rtol=0)
+    error = (out.features[1].float() - F.avg_pool2d(out.mask, 3)).abs()
+    assert error.mean() < 0.06  # a picture that moved otherwise is 0.2 away
+
+
 def test_flips_are_exact_and_all_four_occur():
     torch.manual_seed(0)
     batch = same_pictures(40, 24)

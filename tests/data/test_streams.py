@@ -40,6 +40,16 @@ def test_predictions_stand_beside_masks_row_by_row():
     assert torch.equal(batch.mask[:, 1, 0, 0].long(), numbers + 200)
 
 
+def test_features_stand_beside_their_images():
+    feature = np.broadcast_to(np.arange(20, dtype=np.float16)[:, None, None, None], (20, 5, 2, 2))
+    known, unknown = (Loader(HALF, rows, 4, 0, features=[feature, -feature]) for rows in (range(8), range(8, 20)))
+    batch = MixedLoader(known, unknown).batch(2)
+    numbers = torch.tensor([int(name[1:]) for name in batch.names])
+    for sign, found in zip((1, -1), batch.features, strict=True):
+        assert found.shape == (8, 5, 2, 2)
+        assert torch.equal(sign * found[:, 3, 1, 0].long(), numbers)
+
+
 def test_an_epoch_is_one_of_the_masks():
     known, unknown = loaders(4, 4)
     mixed = MixedLoader(known, unknown)

@@ -311,6 +311,24 @@ def test_stored_predictions_teach_what_the_teacher_would(monkeypatch, losses):
         assert told[name].item() == pytest.approx(value.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("losses", [{"mbf": {}}, {"at": {"levels": [0, 2]}, "kd": {}}, {name: {} for name in ALL}])
+def test_stored_features_teach_what_the_teacher_would(monkeypatch, losses):
+    objective, batch = make(losses=losses), viewed([True, False, True, False])
+    with torch.no_grad():
+        output = objective.teacher(batch.image)
+    asked = run(objective, batch)
+    monkeypatch.setattr(objective.teacher, "outputs", lambda image: pytest.fail("the teacher was asked"))
+    features = [output.features[level] for level in objective.stored_levels]
+    told = run(objective, replace(stored(batch, output.logits.sigmoid()), features=features))
+    for name, value in asked.items():
+        assert told[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-5)
+
+
+def test_only_the_levels_that_losses_compare_are_stored():
+    assert make(losses={"kd": {}, "cwd": {}}).stored_levels == ()
+    assert make(losses={"mbf": {"levels": [2]}, "kd": {}, "at": {"levels": [0, 2]}}).stored_levels == (0, 2)
+
+
 def test_one_softened_answer_teaches_what_the_mean_divergence_from_several_teachers_does(monkeypatch):
     objective = make(3, losses={"kd": {"temperature": 2.0}}, ensemble="mean_kl").eval()
     assert objective.stored_at == 2
