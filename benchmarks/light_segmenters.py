@@ -60,9 +60,10 @@ def train(name: str, lr: float, args: argparse.Namespace) -> dict[str, Any]:
         validate = Validation(data.dataset, data.validation, SIZE, precision=precision)
         stage = Stage(run, "finetune", budget, recipe.run.clock)
         network, facts = fit(objective, loader, section, stage, recipe.run, validate)
+        seconds = stage.elapsed
         scored = score_cases(partial(predict_probability, network.eval(), size=SIZE), data.of_split("test"))
     figures = {
-        "network": name, "lr": lr, "steps": facts["steps"], "seconds": facts["seconds"],
+        "network": name, "lr": lr, "steps": facts["steps"], "seconds": round(seconds, 1),
         "validation_dice": facts["best_score"], "test": summarise(scored),
     }  # fmt: skip
     write_json(path, figures)
