@@ -85,9 +85,10 @@ class Answers:
         path = self.stage.folder / "asked.json"
         if self.stage.budget is None or not others:
             return list(others)
-        if is_main() and not path.exists():
+        question = {"of": len(others), "levels": list(self.levels)}  # which may change until the training begins
+        if is_main() and not (path.exists() and question.items() <= read_json(path).items()):
             num = int(SHARE_OF_TIME * self.stage.budget / self._seconds_an_image(others))
-            write_json(path, {"num_images": min(max(num, BATCH), len(others)), "of": len(others)})
+            write_json(path, {"num_images": min(max(num, BATCH), len(others)), **question})
         wait_for_everyone()
         num = int(read_json(path)["num_images"])
         if num < len(others):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,7 +177,7 @@ class Fit:
             batch = self.views(batch.to(self.accelerator.device))
             batch.image = batch.image.contiguous(memory_format=torch.channels_last)
         set_learning_rate(self.raw_optimiser, learning_rate(progress, self.settings))
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), _one_image_is_told(self.stage.name):
             terms = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)
         self.accelerator.backward(terms["loss"])
@@ -370,3 +371,17 @@ def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
     if validate is not None and state.best_step < 0:  # no epoch was completed: an already finished or empty training
         loop.validate(validate, 1.0)
     line.close(f"{state.step} steps, {state.step / steps:.1f} epochs{last_score}")
+
+
+@contextmanager
+def _one_image_is_told(stage: str) -> Iterator[None]:
+    """Make torch's refusal to normalise a single value over a batch of one a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "A batch of one image leaves batch normalisation a single value where the network is coarsest: raise "
+            f"{stage}.batch_size to at least 2 for each process, or model.size."
+        ) from None

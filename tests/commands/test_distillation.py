@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,5 +317,7 @@ def test_a_stage_asks_about_no_more_images_than_its_time_allows(tmp_path, monkey
     # A resumed stage keeps its images, though the machine is faster now.
     monkeypatch.setattr(Answers, "_seconds_an_image", lambda self, indices: 0.001)
     assert answers.affordable(others) == chosen
+    # Other features are another question.
+    assert replace(answers, levels=(1,)).affordable(others) == others
     stage.budget = None
     assert answers.affordable(others) == others

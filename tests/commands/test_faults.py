@@ -274,6 +274,15 @@ def test_bad_settings_end_with_a_sentence(setting, words, drawn, tmp_path, fewma
     assert "Traceback" not in err
 
 
+def test_one_image_a_batch_that_cannot_be_normalised(drawn, tmp_path, fewmask):
+    given = (f"data.root={drawn}", f"run.out={tmp_path / 'run'}", "run.device=cpu")
+    network = ("model.encoder=efficientnet_lite0", "model.weights=none", "model.size=32", "finetune.batch_size=1")
+    code, _, err = fewmask("finetune", "unet", *given, *network, "finetune.epochs=1")
+    assert code == 1
+    assert "raise finetune.batch_size to at least 2" in err
+    assert "Traceback" not in err
+
+
 def test_a_read_only_place_for_the_run(drawn, tmp_path, fewmask):
     (tmp_path / "file").write_text("")
     code, _, err = fewmask("run", drawn, "--out", tmp_path / "file" / "run", *TINY)
