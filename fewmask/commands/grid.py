@@ -212,6 +212,8 @@ class Order:
         if source == "selection":
             selected = self.selection(fraction, seed)
             return (Job(selected, "select", self.select_recipe(fraction, seed)),), (selected,)
+        if source == "plain":
+            return self.jobs(PLAIN, fraction, seed), (self.folder(PLAIN, fraction, seed),)
         if source == "seeds":
             networks = self.plain_networks(fraction, seed)
             return networks, tuple(job.folder for job in networks)

@@ -384,6 +384,11 @@ def _two_stage_statements(order: Order) -> Iterator[str]:
             f"Rows uniform and pcgrad train jointly with {', '.join(order.joint_tasks)}, each loss with the weight "
             f"{EQUAL_WEIGHT:g}{left if apart else ''}."
         )
+    if "plain-longer" in order.rows:
+        yield (
+            "Row plain-longer starts from row plain as the students do from their teachers, and trains for a student's "
+            "time on the masks alone."
+        )
     if any(name.startswith("five-seeds") for name in order.rows):
         yield (
             f"Rows five-seeds-...: here {len(section.tasks)} networks without any task, as many as a selection "

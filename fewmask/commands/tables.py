@@ -35,15 +35,15 @@ class Student:
     """A distilled segmenter: its losses beside the supervised one, and whether images without a mask take part.
 
     `pseudo_weight` weighs the supervised loss towards the teacher's decision on those images. `learns_from` names whom:
-    the cell's teacher, the networks its selection chose, or as many plain ones of several seeds. `ensemble` is how
-    several teachers answer, the recipe's way where None.
+    the cell's teacher, the networks its selection chose, as many plain ones of several seeds, or the plain one alone.
+    `ensemble` is how several teachers answer, the recipe's way where None.
     """
 
     losses: Losses = field(default_factory=dict)
     unlabelled: bool = False
     pseudo_weight: float = 0.0
     against: tuple[str, ...] = ()
-    learns_from: Literal["teacher", "selection", "seeds"] = "teacher"
+    learns_from: Literal["teacher", "selection", "seeds", "plain"] = "teacher"
     ensemble: Literal["average", "mean_kl"] | None = None
 
 
@@ -265,10 +265,12 @@ _TWO_STAGE: dict[str, Row] = {
     "uniform": MultiTask(),
     "pcgrad": MultiTask("pcgrad"),
     "ensemble": Ensemble(against=("five-seeds-ensemble",)),
-    "distilled": _of_several("selection", "ensemble", "five-seeds-distilled", "uniform", "pcgrad"),
+    # What a student's further time is worth without any teacher: it starts as students do, and learns from masks alone.
+    "plain-longer": Student(learns_from="plain"),
+    "distilled": _of_several("selection", "plain-longer", "ensemble", "five-seeds-distilled", "uniform", "pcgrad"),
     "distilled-average": _of_several("selection", "distilled", ensemble="average"),
     "five-seeds-ensemble": Ensemble("seeds"),
-    "five-seeds-distilled": _of_several("seeds"),
+    "five-seeds-distilled": _of_several("seeds", "plain-longer"),
 }
 
 # The paper's weight of the distillation beside the reconstruction, 1, needs its 300 epochs; "light" is our choice.

@@ -154,6 +154,12 @@ def test_students_learn_from_whom_their_row_says(finished):
         assert (method["ensemble"], method["losses"]) == (ensemble, {"kd": {"weight": 1.0, "temperature": 2.0}})
         assert facts["num_images"] > facts["num_labelled"]  # images without a mask take part
     assert read(finished / "five-seeds-ensemble" / "0.5-0" / "ensemble" / "stage.json")["members"] == seeds
+    facts = read(finished / "plain-longer" / "0.5-0" / "distill" / "stage.json")
+    assert facts["teachers"] == seeds[:1]
+    assert facts["num_images"] == facts["num_labelled"]
+    log = (finished / "plain-longer" / "0.5-0" / "distill" / "log.jsonl").read_text()
+    assert '"supervised"' in log
+    assert '"kd"' not in log
 
 
 def test_plain_networks_of_several_seeds_differ_and_have_the_same_masks(finished):
@@ -213,6 +219,7 @@ def test_what_is_compared_is_the_paired_difference(finished):
     assert {
         ("distilled", "ensemble"),
         ("distilled", "five-seeds-distilled"),
+        ("distilled", "plain-longer"),
         ("ensemble", "five-seeds-ensemble"),
     } < pairs
     assert {(row, "plain") for row in rows if row != "plain"} < pairs
