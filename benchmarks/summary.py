@@ -111,7 +111,8 @@ def pretrained() -> list[str]:
 
 DATA = {"two_stage_isic_18": "ISIC-2017, 18 masks", "two_stage_isic": "180 masks", "two_stage_cxr": "lungs, 7 masks"}
 SHOWN = (
-    "plain", "best-single", "uniform", "pcgrad", "five-seeds-ensemble", "five-seeds-distilled", "ensemble", "distilled",
+    "plain", "plain-longer", "best-single", "uniform", "pcgrad", "five-seeds-ensemble", "five-seeds-distilled",
+    "ensemble", "distilled",
 )  # fmt: skip
 
 
