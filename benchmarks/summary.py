@@ -47,8 +47,8 @@ def runs() -> list[str]:
 def students() -> list[str]:
     """Return the table of students, from every `reproduce boundary-distillation` there is."""
     lines = [
-        "| student | masks | row | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| student | masks | row | steps | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
+        "|---|---|---|--:|---|---|---|---|",
     ]
     for path in sorted((HERE / "results").glob("distillation_*.json")):
         found = json.loads(path.read_text())
@@ -57,10 +57,12 @@ def students() -> list[str]:
             for d in found["differences"]
             if (d["set"], d["against"], d.get("metric", "dice")) == ("test", "alone", "dice")
         }
+        steps = {(facts["row"], facts["fraction"]): str(facts["steps"]) for facts in found["distillation"]}
         for cell in (cell for cell in found["rows"] if cell["set"] == "test"):
             key = (cell["row"], cell["fraction"])
             lines.append(
-                f"| {found['student']} | {100 * cell['fraction']:g} % | {cell['row']} | {figure(cell['dice'])} | "
+                f"| {found['student']} | {100 * cell['fraction']:g} % | {cell['row']} | {steps.get(key, '')} | "
+                f"{figure(cell['dice'])} | "
                 # A given teacher is one network, whatever the number of seeds it is shown for.
                 f"{against.get(key, '')} | {cell['hd95_256']['mean']:.1f} | {len(set(cell['dice']['per_seed']))} |"
             )
