@@ -66,7 +66,7 @@ def students() -> list[str]:
                 # A given teacher is one network, whatever the number of seeds it is shown for.
                 f"{against.get(key, '')} | {cell['hd95_256']['mean']:.1f} | {len(set(cell['dice']['per_seed']))} |"
             )
-    return lines
+    return list(dict.fromkeys(lines))  # one given teacher stands in several tables
 
 
 def continued() -> list[str]:
