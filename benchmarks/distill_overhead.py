@@ -23,7 +23,7 @@ import torch
 from throughput import build_loop, one_step, raw_batch, take_turns
 
 from fewmask.config import RunSection, StageSection
-from fewmask.data.preprocess import normalise
+from fewmask.data.augment import PlainViews
 from fewmask.distill.distill import Distill
 from fewmask.engine.fit import Fit, resolve_precision
 from fewmask.engine.run import versions, write_json
@@ -51,7 +51,7 @@ def loop_for(name: str, losses: dict[str, Any], args: argparse.Namespace, folder
     if once:
         assert batch.mask is not None
         with torch.no_grad():
-            output = teacher(normalise(batch.image.float() / 255))
+            output = teacher(PlainViews(args.size)(batch).image)
         features = [output.features[level].half() for level in objective.stored_levels]
         batch = replace(batch, mask=torch.cat([batch.mask, batch.mask], dim=1), features=features)
     section = StageSection(method={"name": "distill"}, lr=1e-3, batch_size=args.batch)
