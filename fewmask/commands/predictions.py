@@ -105,16 +105,14 @@ class Answers:
         """
         questions, rows = self._questions, np.sort(np.asarray(indices))
         files = self._files(rows, questions.answer(rows[:1]))
-        missing = [file.open() is None for file in files]
-        if any(missing):
-            if is_main():
-                answers = questions.answers(rows)
-                wanted = ((row, list(compress(parts, missing))) for row, parts in answers)
-                _write(list(compress(files, missing)), wanted)
-            wait_for_everyone()
-        predictions, *features = [file.open() for file in files]
-        assert predictions is not None
-        return Stored(predictions, [feature for feature in features if feature is not None])
+        if is_main() and any(missing := [file.open() is None for file in files]):
+            answers = questions.answers(rows)
+            wanted = ((row, list(compress(parts, missing))) for row, parts in answers)
+            _write(list(compress(files, missing)), wanted)
+        wait_for_everyone()  # whatever was there: one that saw it being written must not wait alone, nor another for it
+        predictions, *features = [found for file in files if (found := file.open()) is not None]
+        assert len(features) == len(self.levels)
+        return Stored(predictions, features)
 
     def _files(self, rows: np.ndarray, example: Sequence[np.ndarray]) -> list[Kept]:
         """Return where the answers to some rows are kept, each of which looks like the example's."""

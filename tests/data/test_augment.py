@@ -173,7 +173,7 @@ def test_features_follow_their_picture_at_their_own_resolution(seed, name):
     assert [feature.shape for feature in out.features] == [(5, 7, 24, 24), (5, 1, 8, 8)]
     torch.testing.assert_close(out.features[0].float(), out.mask.expand(-1, 7, -1, -1), atol=2e-3, rtol=0)
     error = (out.features[1].float() - F.avg_pool2d(out.mask, 3)).abs()
-    assert error.mean() < 0.06  # a picture that moved otherwise is 0.2 away
+    assert error.mean() < 0.06  # at most 0.033 in 300 draws; left where they were, features are at least 0.12 away
 
 
 def test_flips_are_exact_and_all_four_occur():
