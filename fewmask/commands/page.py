@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 SETS = ("test", "unseen")
-METRIC_TITLES = {"dice": "Dice", "boundary_iou": "boundary IoU", "dice_positives": "Dice, lesions"}
+METRIC_TITLES = {"dice": "Dice", "boundary_iou": "boundary IoU", "dice_positives": "Dice, lesions", "hd95_256": "HD95"}
+IN_PIXELS = ("hd95_256",)
 APART_TITLES = {
     "dice_positives": "Dice, lesions (95 %)",
     "detection_sensitivity": "found (95 %)",
@@ -92,11 +93,12 @@ def _cell(row: Found, column: str) -> str:
 
 
 def _differences_text(metric: str, differences: Sequence[Found]) -> list[str]:
-    lines = ["", f"## Paired differences of {METRIC_TITLES.get(metric, metric)}, points", ""]
+    unit, factor = ("pixels at 256x256: less is better", 1) if metric in IN_PIXELS else ("points", 100)
+    lines = ["", f"## Paired differences of {METRIC_TITLES.get(metric, metric)}, {unit}", ""]
     lines += _head(["set", "row", "against", "masks", "difference (95 %)", "p"])
     for found in differences:
-        between = "" if found["low"] is None else f" ({100 * found['low']:+.2f} to {100 * found['high']:+.2f})"
-        difference = f"{100 * found['difference']:+.2f}{between}"
+        between = "" if found["low"] is None else f" ({factor * found['low']:+.2f} to {factor * found['high']:+.2f})"
+        difference = f"{factor * found['difference']:+.2f}{between}"
         share, p = _percent(found["fraction"]), f"{found['p_value']:.2g}"
         lines.append(_line([found["set"], found["row"], found["against"], share, difference, p]))
     return lines

@@ -218,6 +218,16 @@ def test_the_full_budget_is_the_papers_setting(name, tmp_path):
     assert [text for text in told if "does not say" not in text] == []
 
 
+@pytest.mark.parametrize("name", [name for name, what in TABLES.items() if "gpu" in what.budgets])
+def test_the_gpu_budget_is_the_full_one_but_for_its_times(name, tmp_path):
+    gpu, full = (place_order(name, budget, tmp_path, tmp_path, None, (), ()) for budget in ("gpu", "full"))
+    for row in full.rows:
+        for ours, theirs in zip(gpu.jobs(row, 0.1, 0), full.jobs(row, 0.1, 0), strict=True):
+            run = ours.recipe.run.model_copy(update={"time": theirs.recipe.run.time})
+            assert ours.recipe.model_copy(update={"run": run}) == theirs.recipe
+            assert ours.recipe.run.time != theirs.recipe.run.time
+
+
 @pytest.mark.parametrize(
     ("table_name", "settings", "message"),
     [

@@ -116,7 +116,29 @@ def test_means_and_differences_are_those_of_the_csv_files(finished):
     for row in found["differences"]:
         ours, theirs = (per_case[row[side], row["metric"]] for side in ("row", "against"))
         assert row["difference"] == pytest.approx(np.mean(ours - theirs))
-    assert {row["metric"] for row in found["differences"]} == {"dice", "boundary_iou"}
+    assert {row["metric"] for row in found["differences"]} == {"dice", "boundary_iou", "hd95_256"}
+
+
+def test_the_page_gives_differences_of_dice_in_points_and_of_hd95_in_pixels(finished):
+    page, found = (finished / "table.md").read_text(), read(finished / "table.json")["differences"]
+    for metric, title, factor in (("dice", "Dice, points", 100), ("hd95_256", "HD95, pixels at 256x256", 1)):
+        part = page.split(f"## Paired differences of {title}")[1].split("\n## ")[0]
+        one = next(row for row in found if (row["metric"], row["row"], row["against"]) == (metric, "mbf", "alone"))
+        line = next(line for line in part.splitlines() if line.startswith("| test | mbf | alone |"))
+        told = [float(text.strip("()")) for text in line.split(" | ")[4].replace(" to ", " ").split()]
+        assert told == pytest.approx([factor * one[key] for key in ("difference", "low", "high")], abs=0.006)
+
+
+@pytest.mark.parametrize("region", ["none", "whole", "inside", "outside"])
+@pytest.mark.parametrize("before", ["", "kd-sharp+"])
+def test_a_control_differs_from_its_row_by_the_region_alone_and_is_compared_with_it(before, region):
+    rows = TABLES[NAME].rows
+    for after in ("", "+unlabelled"):
+        row, control = rows[f"{before}mbf{after}"], rows[f"{before}mbf-{region}{after}"]
+        assert f"{before}mbf{after}" in control.against
+        assert control.unlabelled == row.unlabelled == bool(after)
+        assert control.losses["mbf"] == {**row.losses["mbf"], "region": region}
+        assert {**control.losses, "mbf": {}} == {**row.losses, "mbf": {}}
 
 
 def test_size_and_speed_are_those_of_one_finished_network_each(finished):
