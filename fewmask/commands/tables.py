@@ -234,6 +234,7 @@ _DISTILLED = {
     **{name: Student(_losses(name)) for name in WEIGHTS},
     "kd+m2bf": Student(_losses(*_BOTH), against=_BOTH),
     "kd-sharp": Student(_SHARP, against=("kd",)),
+    "kd-edge": Student(_losses("kd", temperature=1.0, boundary_weight=1.0), against=("kd-sharp",)),
     # What features add to the teacher's answer, which images without a mask need if they shall teach the last layer.
     "kd-sharp+mbf": Student({**_SHARP, **_losses("mbf")}, against=("kd-sharp", "mbf")),
     "kd-sharp+m2bf": Student({**_SHARP, **_losses("m2bf")}, against=("kd-sharp", "m2bf", "kd-sharp+mbf")),

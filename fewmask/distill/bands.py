@@ -15,6 +15,26 @@ from fewmask.types import UserError
 RegionName = Literal["boundary", "whole", "inside", "outside", "none"]
 
 
+class Band:
+    """The band around a lesion's boundary, `width` of the image's side on either side of it, at least a pixel.
+
+    Ours: 0.03, 4 pixels of 128. Raises UserError unless 0 < width <= 0.5.
+    """
+
+    def __init__(self, width: float = 0.03) -> None:
+        if not 0 < width <= 0.5:
+            raise UserError(f"'width' cannot be {width}: give a share of the image's side above 0, at most 0.5.")
+        self.width = width
+
+    def radius(self, side: int) -> int:
+        """Return the reach on either side, in pixels of an image of that side."""
+        return max(round(self.width * side), 1)
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        """Return the band of masks (b, 1, s, s), read as lesion where >= 0.5, bool of that shape."""
+        return boundary_band(mask, self.radius(mask.shape[2]))
+
+
 class BandMasking(nn.Module):
     """Which positions to drop: those near the lesion's boundary, or one of the controls that tell whether it matters.
 
@@ -22,24 +42,21 @@ class BandMasking(nn.Module):
     image by image, as many positions as "boundary" would: "whole" anywhere, "inside" and "outside" in the lesion or
     in the background without the band; where such a region is smaller than that number, all of it.
 
-    `width` is the reach of the band on either side, as a share of the image's side (ours: 0.03, 4 pixels of 128; at
-    least one). Raises UserError unless 0 < width <= 0.5 and `drop` is in [0, 1].
+    `width` is that of `Band`. Raises UserError unless 0 < width <= 0.5 and `drop` is in [0, 1].
     """
 
     def __init__(self, width: float = 0.03, drop: float = 0.5, region: RegionName = "boundary") -> None:
-        if not 0 < width <= 0.5:
-            raise UserError(f"'width' cannot be {width}: give a share of the image's side above 0, at most 0.5.")
         check_share("drop", drop)
         super().__init__()
-        self.width, self.drop, self.region = width, drop, region
+        self.band, self.drop, self.region = Band(width), drop, region
 
     def forward(self, mask: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return where positions may be dropped, bool (b, 1, *size), and with which probability, (b, 1, 1, 1).
 
         `mask` is (b, 1, s, s); it is read as lesion where >= 0.5.
         """
-        radius = max(round(self.width * mask.shape[2]), 1)
-        band = pool(boundary_band(mask, radius), size)
+        radius = self.band.radius(mask.shape[2])
+        band = pool(self.band(mask), size)
         wanted = self.drop * count(band)
         if self.region in ("boundary", "none"):
             return band, torch.full_like(wanted, self.drop if self.region == "boundary" else 0.0)

@@ -26,10 +26,11 @@ from tests.distill.networks import (
 
 CASES = [(name, {}) for name in DISTILLERS] + [
     ("cwd", {"on": "features"}),
+    ("kd", {"boundary_weight": 1.0}),
     ("m2bf", {"form": "parallel"}),
     *[("mbf", {"region": region}) for region in ("whole", "inside", "outside", "none")],
 ]
-ON_FEATURES = [case for case in CASES if case not in (("kd", {}), ("cwd", {}))]
+ON_FEATURES = [case for case in CASES if case[0] != "kd" and case != ("cwd", {})]
 GUESSING = ("mgd", "mbf", "m2bf")  # identical features do not make these zero: what is dropped has to be guessed
 
 

@@ -47,6 +47,25 @@ def test_kd_is_the_divergence_of_two_bernoulli_variables(pair, temperature):
     assert loss.item() == pytest.approx(np.mean(each), rel=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_kd_at_the_boundary_adds_the_mean_over_the_band(pair, weight):
+    student, teacher = pair
+    mask = blobs()
+    mask[-1] = 0  # without a boundary: the mean over the picture stands in
+    loss = KD(STUDENT, TEACHER, 2.0, boundary_weight=weight, width=0.1)(student, teacher, batch_of(mask))
+    side, expected = mask.shape[2], []
+    for i in range(NUM):
+        s, t, y = (x[i, 0].numpy() for x in (student.logits, teacher.logits, mask))
+        near = []
+        for row, column in np.ndindex(side, side):
+            reach = round(0.1 * side)
+            rows, columns = (slice(max(place - reach, 0), place + reach + 1) for place in (row, column))
+            near.append(0 < y[rows, columns].mean() < 1)
+        band = np.array(near).reshape(side, side) if any(near) else np.ones((side, side), bool)
+        expected.append(kd_of(s, t, 2) + weight * kd_of(s[band], t[band], 2))
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
 def test_kd_is_the_softmax_loss_of_two_classes():
     s, t = torch.tensor([[1.3, 0.0]]), torch.tensor([[-0.4, 0.0]])
     expected = 16 * torch.nn.functional.kl_div((s / 4).log_softmax(1), (t / 4).softmax(1), reduction="sum")
@@ -198,7 +217,8 @@ def test_the_region_term_needs_a_mask():
 
 @pytest.mark.parametrize(
     ("factory", "options", "message"),
-    [(KD, {"temperature": 0.0}, "temperature"), (CWD, {"temperature": -1.0}, "temperature"),
+    [(KD, {"temperature": 0.0}, "temperature"), (KD, {"boundary_weight": -1.0}, "boundary_weight"),
+     (KD, {"width": 0.0}, "width"), (CWD, {"temperature": -1.0}, "temperature"),
      (EMKD, {"temperature": 0.0}, "temperature"), (EMKD, {"region": -0.1}, "weights cannot be 0.1, 0.9, -0.1")],
 )  # fmt: skip
 def test_impossible_settings_are_the_users_mistake(factory, options, message):
