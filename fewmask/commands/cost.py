@@ -43,7 +43,7 @@ def note_costs(order: Order) -> None:
 def teacher_files(order: Order) -> list[Path]:
     """Return the model files that teach one cell, none while no teacher is finished."""
     if order.grid.teachers:
-        return model_files(order.grid.teachers)
+        return model_files(order.teachers(order.fractions[0], 0))
     if order.what.selects:
         selected = (order.selection(fraction, seed) for _, fraction, seed in cells(order))
         done = next((folder for folder in selected if (folder / SELECTION).exists()), None)

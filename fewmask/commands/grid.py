@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class Grid:
     of the segmenter for each, which draw their masks anew; `pretrain_seeds` pre-trainings a row, used in turn by the
     seeds; the time of one training, such as "20m", or "none" for all its epochs; `num_unseen` images of the unseen
     data set are scored, 0 for all. `student` is the recipe with [student] and [distill] that students are made by;
-    `teachers` are run folders or model files that stand for every cell's own teacher, several as an ensemble; with
+    `teachers` are run folders or model files that stand for every cell's own teacher, several as an ensemble; in their
+    names "{fraction}" and "{seed}" are a cell's, for teachers of the same masks as its students. With
     `predict_once` each says once, before the training, what it sees (two-stage: always; see `DistillSection`).
     `train_time` is the time of each single network of a two-stage table, a pre-training and its fine-tuning together.
     With `folds`, for data without splits, a seed's test images are the patients of one fold, so that `seeds` is their
@@ -173,9 +175,21 @@ class Order:
 
     def folder(self, row: str, fraction: float, seed: int) -> Path:
         """Return the folder of the job that a cell is scored by."""
-        if isinstance(self.what.rows.get(row), Teacher) and self.grid.teachers:
+        given = isinstance(self.what.rows.get(row), Teacher) and self.grid.teachers
+        if given and self.teachers(fraction, seed) == self.grid.teachers:
             return self.out / row / "given"  # the same for every share of the masks and every seed
         return self.out / row / f"{fraction:g}-{seed}"
+
+    def teachers(self, fraction: float, seed: int) -> tuple[Path, ...]:
+        """Return the given teachers of a cell."""
+        named = (str(path).replace("{fraction}", f"{fraction:g}") for path in self.grid.teachers)
+        return tuple(Path(name.replace("{seed}", str(seed))) for name in named)
+
+    @property
+    def all_teachers(self) -> tuple[Path, ...]:
+        """The given teachers of all cells, each once."""
+        everywhere = product(range(self.grid.seeds), self.fractions)
+        return tuple(dict.fromkeys(path for seed, fraction in everywhere for path in self.teachers(fraction, seed)))
 
     def selection(self, fraction: float, seed: int) -> Path:
         """Return the folder of a cell's selection among auxiliary tasks."""
@@ -200,7 +214,7 @@ class Order:
         if isinstance(what, MultiTask):
             return (Job(folder, "finetune", self.joint_recipe(what, *cell)),)
         if isinstance(what, Teacher) and self.grid.teachers:
-            return (Job(folder, "ensemble", self.finetune_recipe(1.0, 0), teachers=self.grid.teachers),)
+            return (Job(folder, "ensemble", self.finetune_recipe(1.0, 0), teachers=self.teachers(*cell)),)
         pretraining = self.pretrain_recipe(row, seed)
         if pretraining is None:
             return (Job(folder, "finetune", self.finetune_recipe(*cell)),)
@@ -218,7 +232,7 @@ class Order:
             networks = self.plain_networks(fraction, seed)
             return networks, tuple(job.folder for job in networks)
         if self.grid.teachers:
-            return (), self.grid.teachers
+            return (), self.teachers(fraction, seed)
         return self.jobs(TEACHER, fraction, seed), (self.folder(TEACHER, fraction, seed),)
 
     def seeds_folder(self, fraction: float, seed: int) -> Path:

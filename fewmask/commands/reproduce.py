@@ -137,11 +137,11 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
             f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored "
             "on the same images, so fill the manifest's column 'split', or give another --manifest."
         )
-    learnt, remarks = learnt_before(order.grid.teachers, [case for case in masked if case.split == "test"])
+    learnt, remarks = learnt_before(order.all_teachers, [case for case in masked if case.split == "test"])
     to_score, facts = _unseen(order, unseen, cases, learnt) if unseen is not None else ([], {})
     splits = {case.name: str(case.split or "train") for case in masked}
     known: dict[str, Any] = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}
-    known["teachers"] = fingerprints(order.grid.teachers) or None
+    known["teachers"] = fingerprints(order.all_teachers) or None
     return Scene(splits, facts, _not_to_run(order, cases), known, tuple(remarks)), to_score
 
 

@@ -210,6 +210,24 @@ def test_given_teachers_are_scored_as_an_ensemble_and_none_is_trained(finished, 
         run(split_data, out, *given, f"grid.teachers={json.dumps(pair[:1])}")
 
 
+def test_a_cell_learns_from_the_given_teacher_of_its_own_seed(finished, split_data, tmp_path):
+    given = (*SMALL, 'grid.rows=["teacher", "kd"]', "grid.seeds=2")
+    named = str(finished / "teacher" / "{fraction}-{seed}")
+    out = with_costs(finished, tmp_path / "out")
+    assert run(split_data, out, *given, f"grid.teachers={json.dumps([named])}") == 0
+    for seed in (0, 1):
+        own = f"{finished}/teacher/1-{seed}/finetune/model.safetensors"
+        assert read(out / "kd" / f"1-{seed}" / "distill" / "stage.json")["teachers"] == [own]
+        scored = cases_of(out / "teacher" / f"1-{seed}" / "cases_test.csv")
+        assert [float(row["dice"]) for row in scored.values()] == pytest.approx(
+            [float(row["dice"]) for row in cases_of(finished / "teacher" / f"1-{seed}" / "cases_test.csv").values()]
+        )
+    assert (out / "table.md").read_text().count("given, and trained on") == 2
+    missing = f"grid.teachers={json.dumps([str(tmp_path / 'runs' / '{seed}')])}"
+    with pytest.raises(UserError, match=r"runs/0 is no model file"):
+        run(split_data, tmp_path / "other", *given, missing)
+
+
 def test_a_distillation_that_ends_badly_is_one_cell_of_the_table(finished, split_data, tmp_path):
     teacher = json.dumps([str(finished / "teacher" / "1-0" / "finetune" / "model.safetensors")])
     settings = (*SMALL, 'grid.rows=["alone"]', "grid.seeds=1", f"grid.teachers={teacher}", "distill.lr=1e30")
