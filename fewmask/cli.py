@@ -242,8 +242,8 @@ def reproduce(
     """Measure a table of a paper on your data: grid.seeds=3, grid.rows='["mae", "g2ll"]', grid.fractions='[0.1, 1.0]'.
 
     In boundary-distillation, grid.student names the student's recipe (tiny_unet, mobile_unet or a file), model.* the
-    teacher that each cell trains, and grid.teachers='["RUN"]' a teacher of your own instead; grid.predict_once=true
-    asks it before the training, once, and not at every step.
+    teacher that each cell trains, and grid.teachers='["RUN"]' a teacher of your own instead ("RUNS/{fraction}-{seed}":
+    one for each cell); grid.predict_once=true asks it before the training, once, and not at every step.
 
     Leaves table.json and table.md beside the runs, written anew after each. Stop it at any time. Start the same command
     several times, each with run.threads=1, and the processes share the work.
