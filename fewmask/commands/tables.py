@@ -270,6 +270,9 @@ def _with_unlabelled(rows: Mapping[str, Student]) -> dict[str, Row]:
 
 _UNLABELLED: dict[str, Row] = {
     "alone+pseudo": Student(unlabelled=True, pseudo_weight=1.0),
+    "kd-sharp+pseudo": Student(
+        _SHARP, unlabelled=True, pseudo_weight=1.0, against=("alone+pseudo", "kd-sharp+unlabelled")
+    ),
     **_with_unlabelled(_DISTILLED),
     **_with_unlabelled(_BY_REGION),
 }
