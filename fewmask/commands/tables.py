@@ -270,11 +270,16 @@ def _with_unlabelled(rows: Mapping[str, Student]) -> dict[str, Row]:
 
 _UNLABELLED: dict[str, Row] = {
     "alone+pseudo": Student(unlabelled=True, pseudo_weight=1.0),
-    **{f"{name}+pseudo": replace(_DISTILLED[name], unlabelled=True, pseudo_weight=1.0,
-                                 against=("alone+pseudo", f"{name}+unlabelled")) for name in ("kd-sharp", "mbf", "m2bf")},
+    **{
+        f"{name}+pseudo": replace(
+            row, unlabelled=True, pseudo_weight=1.0, against=("alone+pseudo", f"{name}+unlabelled")
+        )
+        for name, row in _DISTILLED.items()
+        if name in ("kd-sharp", "mbf", "m2bf")
+    },
     **_with_unlabelled(_DISTILLED),
     **_with_unlabelled(_BY_REGION),
-}  # fmt: skip
+}
 
 TASKS = ("rotation", "jigsaw", "contrastive", "restoration", "boundary_distance")
 TEMPERATURE = 2.0
