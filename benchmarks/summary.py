@@ -72,18 +72,20 @@ def students() -> list[str]:
 def continued() -> list[str]:
     """Return the table of continued pre-training."""
     lines = [
-        "| masks | pre-training | Dice (95 % interval) | against none, points | seeds |",
-        "|---|---|---|---|---|",
+        "| masks | pre-training | Dice (95 % interval) | against none, points | HD95, px | seeds |",
+        "|---|---|---|---|---|---|",
     ]
     for path in sorted((HERE / "results").glob("continued_*.json")):
         found = json.loads(path.read_text())
         for cell in found["cells"]:
+            arm = cell["arm"] if cell["arm"] == "none" else f"{cell['arm']}, {found['pretrain_time']}"
             paired = [d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], cell["fraction"])]
             difference = "".join(
                 f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})" for d in paired
             )
             masks = f"{100 * cell['fraction']:g} %"
-            lines.append(f"| {masks} | {cell['arm']} | {figure(cell['dice'])} | {difference} | {len(cell['seeds'])} |")
+            told = [masks, arm, figure(cell["dice"]), difference, f"{cell['hd95_256']['mean']:.1f}", len(cell["seeds"])]
+            lines.append(f"| {' | '.join(map(str, told))} |")
     return lines
 
 

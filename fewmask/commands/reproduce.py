@@ -8,6 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,18 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
     to_score, facts = _unseen(order, unseen, cases, learnt) if unseen is not None else ([], {})
     splits = {case.name: str(case.split or "train") for case in masked}
     known: dict[str, Any] = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}
-    known["teachers"] = fingerprints(order.all_teachers) or None
+    known |= _teachers_known(order)
     return Scene(splits, facts, _not_to_run(order, cases), known, tuple(remarks)), to_score
+
+
+def _teachers_known(order: Order) -> dict[str, list[str]]:
+    """Return the content of the given teachers; by cell where they differ, so that seeds may be added later."""
+    if not order.grid.teachers:
+        return {}
+    if order.teachers(order.fractions[0], 0) == order.grid.teachers:
+        return {"teachers": fingerprints(order.grid.teachers)}
+    each = product(order.fractions, range(order.grid.seeds))
+    return {f"teachers {fraction:g}-{seed}": fingerprints(order.teachers(fraction, seed)) for fraction, seed in each}
 
 
 def _not_to_run(order: Order, cases: Sequence[Case]) -> dict[str, str]:
