@@ -35,6 +35,12 @@ def rows() -> list[str]:
     return lines
 
 
+def by_share(pattern: str, cells: str) -> list[dict[str, Any]]:
+    """Return the results of a pattern, those of the fewest masks first; `cells` is the key of their figures."""
+    found = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob(pattern))]
+    return sorted(found, key=lambda result: min(cell["fraction"] for cell in result[cells]))
+
+
 def runs() -> list[str]:
     """Return the table of whole runs."""
     return [
@@ -50,8 +56,7 @@ def students() -> list[str]:
         "| student | masks | row | steps | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
         "|---|---|---|--:|---|---|---|---|",
     ]
-    for path in sorted((HERE / "results").glob("distillation_*.json")):
-        found = json.loads(path.read_text())
+    for found in by_share("distillation_*.json", "rows"):
         against = {
             (d["row"], d["fraction"]): f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
             for d in found["differences"]
@@ -75,8 +80,7 @@ def continued() -> list[str]:
         "| masks | pre-training | Dice (95 % interval) | against none, points | HD95, px | seeds |",
         "|---|---|---|---|---|---|",
     ]
-    for path in sorted((HERE / "results").glob("continued_*.json")):
-        found = json.loads(path.read_text())
+    for found in by_share("continued_*.json", "cells"):
         for cell in found["cells"]:
             arm = cell["arm"] if cell["arm"] == "none" else f"{cell['arm']}, {found['pretrain_time']}"
             paired = [d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], cell["fraction"])]
