@@ -112,7 +112,10 @@ def test_teachers_are_asked_once_wherever_predictions_are_enough(method, once):
     [
         (("distill.teachers=[]",), "no teacher"),
         (('distill.teachers=["nowhere"]',), "nowhere is no model file and no run folder"),
-        (("distill.predict_once=true", "distill.method.losses={}"), "nothing would learn from the predictions"),
+        (
+            ("distill.predict_once=true", "distill.method.losses={}", "distill.method.pseudo_weight=0"),
+            "nothing would learn from the predictions",
+        ),
         (("student.segmenter=unet",), "unet"),
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
         (("student.weights=teacher",), "holds weights of the encoder 'vit_tiny_patch16', but this one is 'tiny'"),
