@@ -53,8 +53,8 @@ def runs() -> list[str]:
 def students() -> list[str]:
     """Return the table of students, from every `reproduce boundary-distillation` there is."""
     lines = [
-        "| student | masks | row | steps | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
-        "|---|---|---|--:|---|---|---|---|",
+        "| student | data | masks | row | steps | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
+        "|---|---|---|---|--:|---|---|---|---|",
     ]
     for found in by_share("distillation_*.json", "rows"):
         against = {
@@ -65,12 +65,13 @@ def students() -> list[str]:
         steps = {(facts["row"], facts["fraction"]): str(facts["steps"]) for facts in found["distillation"]}
         for cell in (cell for cell in found["rows"] if cell["set"] == "test"):
             key = (cell["row"], cell["fraction"])
-            lines.append(
-                f"| {found['student']} | {100 * cell['fraction']:g} % | {cell['row']} | {steps.get(key, '')} | "
-                f"{figure(cell['dice'])} | "
+            told = [
+                found["student"], found.get("protocol", "ISIC-2017"), f"{100 * cell['fraction']:g} %", cell["row"],
+                steps.get(key, ""), figure(cell["dice"]), against.get(key, ""), f"{cell['hd95_256']['mean']:.1f}",
                 # A given teacher is one network, whatever the number of seeds it is shown for.
-                f"{against.get(key, '')} | {cell['hd95_256']['mean']:.1f} | {len(set(cell['dice']['per_seed']))} |"
-            )
+                len(set(cell["dice"]["per_seed"])),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, told))} |")
     return list(dict.fromkeys(lines))  # one given teacher stands in several tables
 
 
