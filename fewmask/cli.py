@@ -226,7 +226,10 @@ def reproduce(
     settings: Settings = None,
     manifest: Manifest = None,
     budget: Annotated[
-        str, typer.Option(help="smoke (seconds), cpu (hours on two cores), gpu (an hour of one) or full (the paper's).")
+        str,
+        typer.Option(
+            help="smoke (seconds), cpu (hours on two cores), gpu (untried: an hour or so) or full (the paper's)."
+        ),
     ] = "cpu",
     unlabelled: Unlabelled = None,
     unseen: Annotated[
