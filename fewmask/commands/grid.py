@@ -176,7 +176,7 @@ class Order:
     def folder(self, row: str, fraction: float, seed: int) -> Path:
         """Return the folder of the job that a cell is scored by."""
         given = isinstance(self.what.rows.get(row), Teacher) and self.grid.teachers
-        if given and self.teachers(fraction, seed) == self.grid.teachers:
+        if given and not self.teachers_differ:
             return self.out / row / "given"  # the same for every share of the masks and every seed
         return self.out / row / f"{fraction:g}-{seed}"
 
@@ -184,6 +184,11 @@ class Order:
         """Return the given teachers of a cell."""
         named = (str(path).replace("{fraction}", f"{fraction:g}") for path in self.grid.teachers)
         return tuple(Path(name.replace("{seed}", str(seed))) for name in named)
+
+    @property
+    def teachers_differ(self) -> bool:
+        """Whether each cell has given teachers of its own."""
+        return self.teachers(self.fractions[0], 0) != self.grid.teachers
 
     @property
     def all_teachers(self) -> tuple[Path, ...]:

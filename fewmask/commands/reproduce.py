@@ -150,7 +150,7 @@ def _teachers_known(order: Order) -> dict[str, list[str]]:
     """Return the content of the given teachers; by cell where they differ, so that seeds may be added later."""
     if not order.grid.teachers:
         return {}
-    if order.teachers(order.fractions[0], 0) == order.grid.teachers:
+    if not order.teachers_differ:
         return {"teachers": fingerprints(order.grid.teachers)}
     each = product(order.fractions, range(order.grid.seeds))
     return {f"teachers {fraction:g}-{seed}": fingerprints(order.teachers(fraction, seed)) for fraction, seed in each}
