@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fewmask.commands.distillation import check_before_training, compare_student, distill, lost_and_gained
+from fewmask.commands.distillation import check_before_training, compare_student, distill, lost_and_gained, unmasked
 from fewmask.commands.evaluate import evaluate_cases, sentence
 from fewmask.commands.export import export_run
 from fewmask.commands.prepare import Prepared, prepare
@@ -69,6 +69,8 @@ def chain(recipe: Recipe, out: Path) -> None:
         )
     with Run(out, "run", recipe.resolved(), parse_time(recipe.run.time)) as folder, interruptible(folder):
         prepared = prepare(folder, recipe)
+        if recipe.distill is not None and distils:
+            unmasked(recipe.distill, prepared)  # a mistake is told now and not after hours of training the teacher
         weights, section = recipe.model.weights, recipe.pretrain
         if section is not None and section.epochs and worth_pretraining(recipe, prepared):
             weights = str(pretrain(folder, recipe, prepared, time_for(folder, prepared, section.share)))

@@ -42,6 +42,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     path = stage.folder / "model.safetensors"
     if stage.done:
         return path
+    unmasked(section, data)  # before anything is loaded or written
     files = [file for teacher in teachers for file in find_teachers(teacher)]
     if not files:
         raise UserError("There is no teacher to learn from; give one, for example distill.teachers='[\"RUN\"]'.")
@@ -139,16 +140,8 @@ def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Answer
 
     `once`, where given, asks about all that its time allows, and the answers come with each batch.
     """
-    labelled = set(data.labelled)
-    others = [i for i in data.body if i not in labelled] if section.unlabelled else []
+    others = unmasked(section, data)
     seed, least = recipe.run.seed, section.min_epoch_steps
-    if not others and not section.method.get("losses", KD_ALONE):
-        if section.predict_once is True:
-            raise UserError(
-                "distill.predict_once without losses learns from images without a mask, and there are none: give "
-                "data.unlabelled, or set distill.method.losses={kd={}}."
-            )
-        once = None
     if once is not None:
         others = once.affordable(others)
     stored = once.of([*data.labelled, *others])._asdict() if once is not None else {}
@@ -160,6 +153,23 @@ def stream(recipe: Recipe, section: DistillSection, data: Prepared, once: Answer
     known = Loader(data.dataset, data.labelled, num, seed, least, **stored)
     unknown = Loader(data.dataset, others, section.batch_size - num, seed, least, **stored)
     return MixedLoader(known, unknown)
+
+
+def unmasked(section: DistillSection, data: Prepared) -> list[int]:
+    """Return the images without a mask to learn from.
+
+    Raises a UserError where they would be all that a teacher is asked about, and there are none: else a student would
+    learn from the masks alone without a word.
+    """
+    labelled = set(data.labelled)
+    others = [i for i in data.body if i not in labelled] if section.unlabelled else []
+    if not others and not section.method.get("losses", KD_ALONE) and section.method.get("pseudo_weight", 0) > 0:
+        raise UserError(
+            "The student would learn nothing from its teacher: no loss compares them, and no image without a mask "
+            "takes part on which it could learn the teacher's decision. Set distill.method.losses={kd={}}, or give "
+            "data.unlabelled and distill.unlabelled=true."
+        )
+    return others
 
 
 def find_teachers(path: Path) -> list[Path]:

@@ -41,10 +41,10 @@ def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> tuple[set[st
     hashes = {value: case.name for case, value in zip(tests, _contents(tests), strict=True)}
     learnt: set[str] = set()
     sentences = []
-    for model in models:
+    for model, name in zip(models, short_names(models), strict=True):
         run = run_of(model)
         if run is None:
-            sentences.append(f"Model {model.name}: given, and what it has learnt from is not recorded beside it.")
+            sentences.append(f"Model {name}: given, and what it has learnt from is not recorded beside it.")
             continue
         theirs, met = _met(run, MASKS, hashes, tests)
         if met:
@@ -55,10 +55,16 @@ def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> tuple[set[st
         learnt |= theirs
         _, seen = _met(run, PICTURES, hashes, tests)
         without = f"; it saw {len(seen)} of these without their masks" if seen else ""
-        sentences.append(
-            f"Model {model.name}: given, and trained on {len(theirs)} masks, none of a test image{without}."
-        )
+        sentences.append(f"Model {name}: given, and trained on {len(theirs)} masks, none of a test image{without}.")
     return learnt, sentences
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return each path's last part, or as many of its last parts for all as it takes to tell them apart."""
+    apart = len(set(paths))
+    deepest = max((len(path.parts) for path in paths), default=1)
+    lengths = ([str(Path(*path.parts[-num:])) for path in paths] for num in range(1, deepest + 1))
+    return next((names for names in lengths if len(set(names)) == apart), [str(path) for path in paths])
 
 
 def run_of(model: Path) -> Path | None:

@@ -130,6 +130,16 @@ def test_a_mistake_is_told_in_one_sentence(taught, drawn, tmp_path, fewmask, wor
     assert "Traceback" not in err
 
 
+def test_a_teacher_whom_nothing_would_learn_from_is_told_before_it_is_trained(drawn, tmp_path, fewmask):
+    """With no loss and every image masked there would be no image to learn the teacher's decision on."""
+    words = (*DISTILLING, "distill.method.losses={}", "distill.method.pseudo_weight=1.0", "distill.unlabelled=false")
+    code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *words)
+    assert code == 1
+    assert "would learn nothing from its teacher" in err
+    assert not (tmp_path / "run" / "finetune").exists()
+    assert not (tmp_path / "run" / "pretrain").exists()
+
+
 def test_a_chain_that_could_not_end_does_not_begin(drawn, tmp_path, fewmask):
     words = (*DISTILLING, "student.weights=teacher")
     code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from fewmask.commands.cost import add_costs, teacher_files
 from fewmask.commands.distillation import load_teacher
 from fewmask.commands.grid import cells, place_order
-from fewmask.commands.provenance import learnt_before
+from fewmask.commands.provenance import learnt_before, short_names
 from fewmask.commands.reproduce import reproduce, survey
 from fewmask.commands.stages import objective_for
 from fewmask.commands.tables import TABLES, Student
@@ -210,6 +211,17 @@ def test_given_teachers_are_scored_as_an_ensemble_and_none_is_trained(finished, 
         run(split_data, out, *given, f"grid.teachers={json.dumps(pair[:1])}")
 
 
+def test_given_teachers_are_named_so_that_they_can_be_told_apart():
+    def named(*paths: str) -> list[str]:
+        return short_names([Path(path) for path in paths])
+
+    assert named("/a/none/0.1-0", "/a/dino/0.1-1") == ["0.1-0", "0.1-1"]
+    assert named("/a/none/0.1-0", "/a/dino/0.1-0", "/a/dino/0.1-1") == ["none/0.1-0", "dino/0.1-0", "dino/0.1-1"]
+    assert named("/x/a/b", "a/b", "b") == ["x/a/b", "a/b", "b"]
+    assert named("/x/a", "/x/a", "/y/b") == ["a", "a", "b"]  # the same one twice is no other
+    assert named() == []
+
+
 def test_a_cell_learns_from_the_given_teacher_of_its_own_seed(finished, split_data, tmp_path):
     given = (*SMALL, 'grid.rows=["teacher", "kd"]')
     named = f'grid.teachers=["{finished / "teacher" / "{fraction}-{seed}"}"]'
@@ -223,7 +235,8 @@ def test_a_cell_learns_from_the_given_teacher_of_its_own_seed(finished, split_da
         assert [float(row["dice"]) for row in scored.values()] == pytest.approx(
             [float(row["dice"]) for row in cases_of(finished / "teacher" / f"1-{seed}" / "cases_test.csv").values()]
         )
-    assert (out / "table.md").read_text().count("given, and trained on") == 2
+    written = (out / "table.md").read_text()
+    assert all(f"Model 1-{seed}: given, and trained on" in written for seed in (0, 1))
     missing = f"grid.teachers={json.dumps([str(tmp_path / 'runs' / '{seed}')])}"
     with pytest.raises(UserError, match=r"runs/0 is no model file"):
         run(split_data, tmp_path / "other", *given, missing)
