@@ -97,16 +97,18 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     for (name, fraction), by_seed in found.items():
         if not by_seed:
             continue
-        cells.append({"arm": name, "fraction": fraction, **describe_cell(by_seed)})
+        stages = [args.out / name / f"{fraction:g}-{seed}" / "finetune" / "stage.json" for seed in by_seed]
+        steps = [read_json(path)["steps"] for path in stages]
+        cells.append({"arm": name, "fraction": fraction, "steps": steps, **describe_cell(by_seed)})
         control = found.get((CONTROL, fraction), {})
         if name != CONTROL and (seeds := sorted(by_seed.keys() & control.keys())):
             paired = compare(average_seeds(by_seed, seeds), average_seeds(control, seeds))
             differences.append({"arm": name, "fraction": fraction, "seeds": seeds, **paired})
-    stages = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
+    pretrained = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
         "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "cells": cells, "differences": differences,
-        "pretraining": {name: read_json(path) for name, path in stages.items() if path.exists()},
+        "pretraining": {name: read_json(path) for name, path in pretrained.items() if path.exists()},
     }  # fmt: skip
 
 

@@ -78,18 +78,21 @@ def students() -> list[str]:
 def continued() -> list[str]:
     """Return the table of continued pre-training."""
     lines = [
-        "| masks | pre-training | Dice (95 % interval) | against none, points | HD95, px | seeds |",
-        "|---|---|---|---|---|---|",
+        "| masks | pre-training | fine-tuning | Dice (95 % interval) | against none, points | HD95, px | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for found in by_share("continued_*.json", "cells"):
-        for cell in found["cells"]:
+        for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
             arm = cell["arm"] if cell["arm"] == "none" else f"{cell['arm']}, {found['pretrain_time']}"
             paired = [d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], cell["fraction"])]
             difference = "".join(
                 f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})" for d in paired
             )
             masks = f"{100 * cell['fraction']:g} %"
-            told = [masks, arm, figure(cell["dice"]), difference, f"{cell['hd95_256']['mean']:.1f}", len(cell["seeds"])]
+            equal = set(cell.get("steps", []))
+            length = f"{equal.pop()} steps" if len(equal) == 1 else found["finetune_time"]
+            hd95 = f"{cell['hd95_256']['mean']:.1f}"
+            told = [masks, arm, length, figure(cell["dice"]), difference, hd95, len(cell["seeds"])]
             lines.append(f"| {' | '.join(map(str, told))} |")
     return lines
 
