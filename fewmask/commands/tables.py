@@ -268,15 +268,19 @@ def _with_unlabelled(rows: Mapping[str, Student]) -> dict[str, Row]:
     }
 
 
+def _with_decisions(*names: str) -> dict[str, Row]:
+    """Return rows that take the teacher's decision for a missing mask too; "-none" compares features without a mask."""
+    known: dict[str, Student] = {**_DISTILLED, **_BY_REGION}
+    rows: dict[str, Row] = {}
+    for name in names:
+        rivals = ("alone+pseudo", *rows, f"{name}+unlabelled")
+        rows[f"{name}+pseudo"] = replace(known[name], unlabelled=True, pseudo_weight=1.0, against=rivals)
+    return rows
+
+
 _UNLABELLED: dict[str, Row] = {
     "alone+pseudo": Student(unlabelled=True, pseudo_weight=1.0),
-    **{
-        f"{name}+pseudo": replace(
-            row, unlabelled=True, pseudo_weight=1.0, against=("alone+pseudo", f"{name}+unlabelled")
-        )
-        for name, row in _DISTILLED.items()
-        if name in ("kd-sharp", "mbf", "m2bf")
-    },
+    **_with_decisions("kd-sharp", "mbf", "m2bf", "mbf-none", "kd-sharp+mbf-none"),
     **_with_unlabelled(_DISTILLED),
     **_with_unlabelled(_BY_REGION),
 }
