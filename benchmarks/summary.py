@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+CONTROL = re.compile(r"-(none|whole|inside|outside)\b")  # of which region features are dropped; they stand on the page
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
@@ -63,7 +65,7 @@ def students() -> list[str]:
             if (d["set"], d["against"], d.get("metric", "dice")) == ("test", "alone", "dice")
         }
         steps = {(facts["row"], facts["fraction"]): str(facts["steps"]) for facts in found["distillation"]}
-        for cell in (cell for cell in found["rows"] if cell["set"] == "test"):
+        for cell in (cell for cell in found["rows"] if cell["set"] == "test" and not CONTROL.search(cell["row"])):
             key = (cell["row"], cell["fraction"])
             told = [
                 found["student"], found.get("protocol", "ISIC-2017"), f"{100 * cell['fraction']:g} %", cell["row"],
