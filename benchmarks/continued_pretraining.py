@@ -8,25 +8,35 @@ split. Arms are compared image by image, averaged over the seeds. A finished run
         --arm simmim --arm "dino pretrain.lr=6e-5" --fractions 0.01 0.1 --seeds 3
 
 An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
-("slow:dino pretrain.lr=1e-5").
+("slow:dino pretrain.lr=1e-5"). `--script-steps N` fine-tunes as a tutorial would, by N steps of the script of
+`plain_unet.py`, instead of with `fewmask finetune`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import torch
+from plain_unet import SIZE, plain
+
 from fewmask.commands.table import average_seeds, describe_cell
+from fewmask.data.manifest import load_cases
+from fewmask.data.preprocess import predict_probability
 from fewmask.engine.run import read_json, write_json
-from fewmask.evaluate.score import compare, read_case_csv
+from fewmask.evaluate.results import write_case_csv
+from fewmask.evaluate.score import compare, read_case_csv, score_cases
 
 MODEL = ("model.encoder=efficientnet_lite0", "model.size=128")
 CONTROL = "none"
+CASES = "cases_test.csv"
 
 
 def fewmask(*words: str) -> None:
@@ -62,7 +72,10 @@ def data_settings(args: argparse.Namespace) -> list[str]:
 def finetune(args: argparse.Namespace, name: str, weights: str, fraction: float, seed: int) -> None:
     """Fine-tune and score one cell with one seed unless that is done."""
     out = args.out / name / f"{fraction:g}-{seed}"
-    if (out / "metrics.json").exists():
+    if (out / CASES).exists():
+        return
+    if args.script_steps:
+        follow_script(args, weights, fraction, seed, out)
         return
     fewmask(
         "finetune", "unet", *MODEL, f"model.weights={weights}", *data_settings(args), f"run.out={out}",
@@ -71,9 +84,22 @@ def finetune(args: argparse.Namespace, name: str, weights: str, fraction: float,
     fewmask("evaluate", str(out), str(args.data), "--manifest", args.manifest)
 
 
+def follow_script(args: argparse.Namespace, weights: str, fraction: float, seed: int, out: Path) -> None:
+    """Fine-tune and score one cell as the script of `plain_unet.py` does."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = load_cases(args.data, Path(args.manifest))
+    train, test = ([c for c in cases if c.split == split and c.mask] for split in ("train", "test"))
+    network, figures = plain(train, math.inf, seed, fraction, weights, args.script_steps)
+    rows = score_cases(partial(predict_probability, network, size=SIZE), test)
+    (out / "finetune").mkdir(parents=True, exist_ok=True)
+    write_json(out / "finetune" / "stage.json", {"steps": args.script_steps, **figures})
+    write_case_csv(out / CASES, rows)
+
+
 def finished(args: argparse.Namespace, arm: str, fraction: float) -> dict[int, list]:
     """Return the test rows of every finished run of an arm and a share of the masks, by seed."""
-    paths = {seed: args.out / arm / f"{fraction:g}-{seed}" / "cases_test.csv" for seed in range(args.seeds)}
+    paths = {seed: args.out / arm / f"{fraction:g}-{seed}" / CASES for seed in range(args.seeds)}
     return {seed: read_case_csv(path) for seed, path in paths.items() if path.exists()}
 
 
@@ -107,7 +133,8 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     pretrained = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
-        "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "cells": cells, "differences": differences,
+        "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "script_steps": args.script_steps,
+        "cells": cells, "differences": differences,
         "pretraining": {name: read_json(path) for name, path in pretrained.items() if path.exists()},
     }  # fmt: skip
 
@@ -119,6 +146,7 @@ def main() -> None:
     parser.add_argument("--arm", action="append", default=[], help="a recipe and settings; the control always runs")
     parser.add_argument("--pretrain-time", default="10m")
     parser.add_argument("--finetune-time", default="4m")
+    parser.add_argument("--script-steps", type=int, default=0, help="fine-tune by a plain script, so many steps of 16")
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()
     arms: dict[str, list[str] | None] = {CONTROL: None, **dict(map(parse_arm, args.arm))}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import subprocess
@@ -50,19 +51,21 @@ class Wrapped(torch.nn.Module):
         return SegOutput(self.network(image), [])
 
 
-def plain(train: list, minutes: float, seed: int, fraction: float) -> tuple[torch.nn.Module, dict]:
-    """Train the plain way; return the network and its figures."""
+def plain(
+    train: list, minutes: float, seed: int, fraction: float, weights: str = "packaged", steps: float = math.inf
+) -> tuple[torch.nn.Module, dict]:
+    """Train the plain way, for so many minutes or steps, whichever end first; return the network and its figures."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     train = label_subset(train, fraction, seed)  # the images that fewmask chooses
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
     masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
     network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
-    packaged = build_encoder("efficientnet_lite0", "packaged", size=SIZE)
-    network.encoder.load_state_dict(packaged.body.state_dict())
+    start = build_encoder("efficientnet_lite0", weights, size=SIZE)
+    network.encoder.load_state_dict(start.body.state_dict())
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
     began, seen = time.perf_counter(), 0
-    while time.perf_counter() - began < minutes * 60:
+    while time.perf_counter() - began < minutes * 60 and seen < steps * BATCH:
         chosen = torch.from_numpy(rng.integers(0, len(train), BATCH))
         x = normalise(images[chosen].permute(0, 3, 1, 2))
         y = (masks[chosen] >= 128).float()[:, None]
