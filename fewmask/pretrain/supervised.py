@@ -55,14 +55,17 @@ class Supervised(Objective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and "accuracy", the share of labelled images classified rightly."""
-        if batch.label is None or not bool((known := batch.label != UNKNOWN).any()):
+        label = batch.label
+        # Asked on the host alone, as a GPU would be waited for: there such a loss is NaN, and the loop stops at that.
+        if label is None or (label.device.type == "cpu" and not (label != UNKNOWN).any()):
             raise UserError(
                 "The method 'supervised' got a batch in which no image has a class label: fill the column 'label' of "
                 "the manifest, or choose a method that needs no labels."
             )
         logits = self.head(global_tokens(self.encoder, batch.image)[:, 0]).float()
-        loss = F.cross_entropy(logits, batch.label, ignore_index=UNKNOWN, label_smoothing=self.label_smoothing)
-        right = (logits.argmax(1) == batch.label) & known
+        known = label != UNKNOWN
+        loss = F.cross_entropy(logits, label, ignore_index=UNKNOWN, label_smoothing=self.label_smoothing)
+        right = (logits.argmax(1) == label) & known
         return {"loss": loss, "accuracy": right.sum() / known.sum()}
 
     def product(self) -> Encoder:

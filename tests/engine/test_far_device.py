@@ -23,10 +23,6 @@ from tests.engine.far_device import FAR, FarDevice, move
 from tests.finetune import test_joint
 from tests.pretrain import test_contract
 
-# A batch without a class label is told, which takes its values.
-WAITS = ("supervised",)
-PRETRAINERS = [case for case in test_contract.CASES if case[0] not in WAITS]
-
 
 @contextmanager
 def autocast() -> Iterator[None]:
@@ -72,7 +68,7 @@ def test_the_stand_in_notices_what_a_gpu_would_not_do():
             assert (torch.ones(2, 2, device=FAR) @ torch.ones(2, 2, device=FAR)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(("method", "encoder"), PRETRAINERS)
+@pytest.mark.parametrize(("method", "encoder"), test_contract.CASES)
 def test_a_pretraining_step_stays_on_its_device(method, encoder):
     objective = test_contract.objective(method, encoder)
     assert "loss" in step(objective, test_contract.loaded(objective, 3))
