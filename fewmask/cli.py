@@ -248,8 +248,8 @@ def reproduce(
     teacher that each cell trains, and grid.teachers='["RUN"]' a teacher of your own instead ("RUNS/{fraction}-{seed}":
     one for each cell); grid.predict_once=true asks it before the training, once, and not at every step.
 
-    Leaves table.json and table.md beside the runs, written anew after each. Stop it at any time. Start the same command
-    several times, each with run.threads=1, and the processes share the work.
+    Leaves table.json, table.md and table.svg beside the runs, written anew after each. Stop it at any time. Start the
+    same command several times, each with run.threads=1, and the processes share the work.
     """
     from fewmask.commands.reproduce import reproduce as command
 

@@ -1,4 +1,4 @@
-"""A measured table as a page of Markdown, from `table.json`'s values alone."""
+"""A measured table as a page of Markdown and as a picture, from `table.json`'s values alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fewmask.report.plot import forest, standalone
+
+PICTURE = "table.svg"
 SETS = ("test", "unseen")
 METRIC_TITLES = {"dice": "Dice", "boundary_iou": "boundary IoU", "dice_positives": "Dice, lesions", "hd95_256": "HD95"}
 IN_PIXELS = ("hd95_256",)
@@ -21,6 +24,8 @@ Found = Mapping[str, Any]
 def markdown(table: Found) -> str:
     """Return the table as a page of Markdown."""
     lines = [f"# {table['title']}", "", f"Measured with the budget `{table['budget']}`."]
+    if _gains(table):
+        lines += ["", f"![Dice of each row against {table['control']}, with intervals]({PICTURE})"]
     for name in SETS:
         lines += _rows_text(table, name)
     for metric in dict.fromkeys(found["metric"] for found in table["differences"]):
@@ -37,11 +42,42 @@ def markdown(table: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_markdown(path: Path, table: Found) -> None:
-    """Write the page in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(markdown(table), encoding="utf-8")
-    temporary.replace(path)
+def picture(table: Found) -> str | None:
+    """Return an SVG of what each row gains on the control's Dice of the test images, the highest first.
+
+    A column a share of the masks, differences in points with their intervals. None where there is nothing to compare.
+    """
+    gains = _gains(table)
+    if not gains:
+        return None
+    values: dict[str, list[float]] = {}
+    for found in gains.values():
+        for name, (_, value, _) in found.items():
+            values.setdefault(name, []).append(value)
+    names = sorted(values, key=lambda name: -sum(values[name]) / len(values[name]))
+    label = f"Dice against {table['control']}, points (95 %)"
+    panels = [(f"{_percent(fraction)} of the masks", found) for fraction, found in gains.items()]
+    return standalone(forest(f"{table['title']}: {label}", names, panels, label))
+
+
+def write_page(folder: Path, table: Found) -> None:
+    """Write table.md and, where rows can be compared, table.svg, each in one step."""
+    for name, text in (("table.md", markdown(table)), (PICTURE, picture(table))):
+        if text is not None:
+            temporary = folder / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(folder / name)
+
+
+def _gains(table: Found) -> dict[float, dict[str, tuple[float, float, float]]]:
+    """Return each row's difference to the control in points, as (low, value, high), by share of the masks."""
+    gains: dict[float, dict[str, tuple[float, float, float]]] = {}
+    for found in table["differences"]:
+        about = (found["set"], found["metric"], found["against"])
+        if about == ("test", "dice", table["control"]) and found["low"] is not None:
+            three = (100 * found["low"], 100 * found["difference"], 100 * found["high"])
+            gains.setdefault(found["fraction"], {})[found["row"]] = three
+    return gains
 
 
 def _rows_text(table: Found, name: str) -> list[str]:

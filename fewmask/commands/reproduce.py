@@ -15,7 +15,7 @@ from typing import Any
 from fewmask.commands.cost import note_costs
 from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
 from fewmask.commands.jobs import NotTrainedError, fingerprints, run_job
-from fewmask.commands.page import markdown, write_markdown
+from fewmask.commands.page import markdown, write_page
 from fewmask.commands.provenance import learnt_before
 from fewmask.commands.table import Scene, measure
 from fewmask.commands.tables import Pretrained, Student
@@ -226,5 +226,5 @@ def remember(order: Order, scene: Scene) -> None:
 def _write(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str, Any]:
     found = measure(order, scene, left_out)
     write_json(order.out / "table.json", found)
-    write_markdown(order.out / "table.md", found)
+    write_page(order.out, found)
     return found

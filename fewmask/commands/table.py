@@ -79,7 +79,8 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
     learnt = [*trainings, *distillations]
     return {
         "table": order.table, "title": paper.title, "budget": order.budget, "published": bool(paper.figures),
-        "columns": list(order.what.columns), "rows": rows, "differences": differences, "not_run": dict(left_out),
+        "columns": list(order.what.columns), "control": order.what.control, "rows": rows, "differences": differences,
+        "not_run": dict(left_out),
         "costs": known_costs(order.out), "losses": _losses(order), "pretraining": trainings,
         "distillation": distillations, "networks": _networks(order), "unseen": dict(scene.unseen),
         "excluded": learnt[0]["excluded"] if learnt else None, "duplicates": _duplicates(order, scene),

@@ -118,6 +118,11 @@ class Table:
         return "distilled" if self.distils else "pretrained"
 
     @property
+    def control(self) -> str:
+        """The row that says what is reached without what the others try."""
+        return {"pretrained": "random", "distilled": "alone", "two-stage": "plain"}[self.kind]
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages that its cells go through."""
         return STAGES_OF_KIND[self.kind]

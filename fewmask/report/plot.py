@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from markupsafe import Markup
@@ -16,6 +17,7 @@ MAX_POINTS = 240
 MAX_HOVERS = 60
 
 Point = tuple[float, float]
+Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,51 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], label
         f'<text class="label" x="{_n(left + reach / 2)}" y="{height - 4}" text-anchor="middle">{escape(label)}</text>'
     )
     return _svg(title, parts, 640, height)
+
+
+def forest(
+    title: str, names: Sequence[str], panels: Sequence[tuple[str, Mapping[str, Interval]]], label: str
+) -> Markup:
+    """Draw differences and their intervals (low, value, high) around zero: a line a name, a column a panel, one scale.
+
+    A name that a panel lacks leaves a gap there. Intervals above zero, below it and around it look unlike each other.
+    """
+    x = span([0.0, *(v for _, found in panels for interval in found.values() for v in interval)], label)
+    left, top, row, reach, gap = 28 + 7 * max(map(len, names), default=0), 34, 19, 270, 28
+    bottom = top + row * len(names)
+    parts = [
+        f'<text class="row" x="{left - 14}" y="{top + row * i + 13}" text-anchor="end">{escape(name)}</text>'
+        for i, name in enumerate(names)
+    ]
+    for number, (head, found) in enumerate(panels):
+        start = left + number * (reach + gap)
+        parts.append(f'<text class="note" x="{start}" y="20">{escape(head)}</text>')
+        for tick, text in x.labelled_ticks():
+            px, style = _n(start + reach * x.share(tick)), "axis" if tick == 0 else "grid"
+            parts.append(f'<line class="{style}" x1="{px}" x2="{px}" y1="{top}" y2="{bottom}"/>')
+            parts.append(f'<text class="tick" x="{px}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
+        middle = _n(start + reach / 2)
+        parts.append(f'<text class="label" x="{middle}" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>')
+        for name, (low, value, high) in found.items():
+            cy = top + row * names.index(name) + 9
+            x0, at, x1 = (_n(start + reach * x.share(v)) for v in (low, value, high))
+            side = "above" if low > 0 else "below" if high < 0 else "around"
+            parts.append(f'<g class="{side}">{_title(f"{name}: {value:+.2f} ({low:+.2f} to {high:+.2f})")}')
+            parts.append(f'<line class="whisker" x1="{x0}" x2="{x1}" y1="{cy}" y2="{cy}"/>')
+            parts.append(f'<circle class="centre" cx="{at}" cy="{cy}" r="4"/></g>')
+    return _svg(title, parts, left + len(panels) * (reach + gap), bottom + 44)
+
+
+def standalone(chart: Markup) -> str:
+    """Return a chart as an SVG file of its own: its colours with it, in light and dark, on a ground of its own."""
+    css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    ground = f'<style>{escape(css, quote=False)}</style><rect width="100%" height="100%" fill="var(--paper)"/>'
+    head, _, rest = str(chart).partition(">")
+    width, height = head.split('viewBox="0 0 ')[1].split('"')[0].split()
+    look = f'width="{width}" height="{height}" font-family="system-ui, \'Liberation Sans\', Arial, sans-serif"'
+    # The style sheet makes what has the class as wide as the page it stands on; a file has a size of its own.
+    named = head.replace('<svg class="chart"', f'<svg xmlns="http://www.w3.org/2000/svg" {look}', 1)
+    return f'{named}>{ground}<g class="chart">{rest.removesuffix("</svg>")}</g></svg>\n'
 
 
 def _svg(title: str, parts: Sequence[str], width: int = WIDTH, height: int = HEIGHT) -> Markup:

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -128,6 +129,21 @@ def test_the_page_gives_differences_of_dice_in_points_and_of_hd95_in_pixels(fini
         line = next(line for line in part.splitlines() if line.startswith("| test | mbf | alone |"))
         told = [float(text.strip("()")) for text in line.split(" | ")[4].replace(" to ", " ").split()]
         assert told == pytest.approx([factor * one[key] for key in ("difference", "low", "high")], abs=0.006)
+
+
+def test_the_picture_shows_what_each_row_gains_on_the_student_alone(finished):
+    found = [
+        (row["fraction"], f"{row['row']}: {100 * row['difference']:+.2f} ({100 * row['low']:+.2f} to ")
+        for row in read(finished / "table.json")["differences"]
+        if (row["set"], row["metric"], row["against"]) == ("test", "dice", "alone")
+    ]
+    picture = ElementTree.fromstring((finished / "table.svg").read_text())
+    titles = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert len(titles) == len(found) > 0
+    assert all(any(title.startswith(start) for title in titles) for _, start in found)
+    columns = {element.text for element in picture.iter("{http://www.w3.org/2000/svg}text") if element.text}
+    assert {f"{100 * fraction:g} % of the masks" for fraction, _ in found} <= columns
+    assert "](table.svg)" in (finished / "table.md").read_text()
 
 
 @pytest.mark.parametrize("region", ["none", "whole", "inside", "outside"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -18,11 +19,13 @@ from fewmask.report.plot import (
     WIDTH,
     Axis,
     Series,
+    forest,
     histogram,
     line_chart,
     log_ticks,
     nice_ticks,
     span,
+    standalone,
     thin,
     tick_texts,
 )
@@ -111,3 +114,35 @@ def test_numbers_as_words() -> None:
     assert (counted(1, "image"), counted(2594, "image")) == ("1 image", "2,594 images")
     assert (size(9_412_000), size(94_000)) == ("9.4 MB", "94 kB")
     assert (fixed(float("nan"), 3), fixed(None, 3), fixed("0.5", 2)) == ("–", "–", "0.50")
+
+
+NUMBERS = st.floats(-50, 50).map(lambda value: round(value, 2))
+INTERVALS = st.tuples(NUMBERS, NUMBERS, NUMBERS).map(lambda three: tuple(sorted(three)))
+NAMES = ["kd", "m2bf & <decisions>", "alone"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(NAMES), INTERVALS), min_size=1, max_size=3))
+def test_a_forest_stands_on_the_side_of_zero_that_its_numbers_say(panels: list[dict]) -> None:
+    chart = standalone(forest("gains", NAMES, [(str(i), found) for i, found in enumerate(panels)], "points"))
+    tree = ElementTree.fromstring(chart).find(f"{SVG}g[@class='chart']")
+    assert tree is not None
+    # A panel holds one line at zero, and its rows follow that line.
+    zero, shown, drawn = 0.0, [], iter([(name, *found[name]) for found in panels for name in found])
+    for element in tree:
+        if element.tag == f"{SVG}line" and element.get("class") == "axis":
+            zero = float(element.attrib["x1"])
+        if element.tag == f"{SVG}g":
+            name, low, value, high = next(drawn)
+            whisker, dot = element.find(f"{SVG}line"), element.find(f"{SVG}circle")
+            assert whisker is not None
+            assert dot is not None
+            x0, x1, at = float(whisker.attrib["x1"]), float(whisker.attrib["x2"]), float(dot.attrib["cx"])
+            assert x0 <= at <= x1
+            for number, place in ((low, x0), (value, at), (high, x1)):
+                assert (place - zero) * number >= -0.1 * abs(number)
+            assert element.get("class") == ("above" if low > 0 else "below" if high < 0 else "around")
+            row = next(text for text in tree.iter(f"{SVG}text") if text.text == name)
+            assert abs(float(row.attrib["y"]) - float(dot.attrib["cy"])) < 8
+            shown.append(name)
+    assert len(shown) == sum(map(len, panels))
