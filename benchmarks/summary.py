@@ -1,14 +1,19 @@
-"""Write the README's results from the JSON files under `benchmarks/results`: `python benchmarks/summary.py`."""
+"""Write the README's results and pictures from the JSON files under `benchmarks/results`.
+
+python benchmarks/summary.py
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+from fewmask.commands.page import picture
+
 HERE = Path(__file__).resolve().parent
-CONTROL = re.compile(r"-(none|whole|inside|outside)\b")  # of which region features are dropped; they stand on the page
+STUDENTS = ("teacher", "alone", "kd-sharp+pseudo", "m2bf", "m2bf+unlabelled")  # what `distill` does, and the paper's
+PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
@@ -65,7 +70,7 @@ def students() -> list[str]:
             if (d["set"], d["against"], d.get("metric", "dice")) == ("test", "alone", "dice")
         }
         steps = {(facts["row"], facts["fraction"]): str(facts["steps"]) for facts in found["distillation"]}
-        for cell in (cell for cell in found["rows"] if cell["set"] == "test" and not CONTROL.search(cell["row"])):
+        for cell in (cell for cell in found["rows"] if cell["set"] == "test" and cell["row"] in STUDENTS):
             key = (cell["row"], cell["fraction"])
             told = [
                 found["student"], found.get("protocol", "ISIC-2017"), f"{100 * cell['fraction']:g} %", cell["row"],
@@ -151,8 +156,18 @@ def two_stage() -> list[str]:
     return lines
 
 
+def draw() -> None:
+    """Draw what the rows of a table gain, beside the pages."""
+    for name, control in PICTURES.items():
+        path = HERE / "results" / f"{name}.json"
+        drawn = picture({**json.loads(path.read_text()), "control": control}) if path.exists() else None
+        if drawn is not None:
+            (HERE / f"{name}.svg").write_text(drawn)
+
+
 def main() -> None:
-    """Replace what stands between each pair of markers in the README."""
+    """Replace what stands between each pair of markers in the README, and draw the pictures."""
+    draw()
     readme = HERE.parent / "README.md"
     text = readme.read_text()
     tables = {
