@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fewmask.commands.provenance import public_id, used_ids
 from fewmask.data.contents import content_hashes
 from fewmask.data.manifest import load_cases
 from fewmask.deploy.predictor import ImagePredictor
@@ -94,9 +95,9 @@ def _difference(row: dict[str, Any]) -> str:
 def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[list[Case], str]:
     """Return the cases to score and the key of the result.
 
-    Images the run has used are known by their content, wherever they lie now. On the run's own data the split is the
-    one the run used. On other data it is the manifest's; a set without any split is scored whole, but for images the
-    run has learnt from, which are left out with a remark.
+    Images the run has used are known by their content or public identifier, wherever they lie now. On the run's own
+    data the split is the one the run used. On other data it is the manifest's; a set without any split is scored
+    whole, but for images the run has learnt from, which are left out with a remark.
     """
     facts = read_json(run / "run.json").get("data") or {}
     own_root = Path(facts.get("root", "")).resolve() == data.resolve()
@@ -104,8 +105,8 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
     cases = load_cases(data, Path(chosen_manifest) if chosen_manifest else None)
     masked = [case for case in cases if case.mask is not None]
     path, hashes = run / "contents.json", content_hashes(masked)
-    uses = read_json(path) if path.exists() else {}
-    use = {case.name: uses.get(hashes[case.image]) for case in masked}
+    uses, by_id = read_json(path) if path.exists() else {}, used_ids(run)
+    use = {case.name: uses.get(hashes[case.image]) or by_id.get(public_id(case.image) or "") for case in masked}
     if masked and all(use.values()):
         if split == "all":
             raise UserError("--split all would score images this run was trained on; choose test or val.")

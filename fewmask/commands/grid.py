@@ -13,7 +13,8 @@ from typing import Any
 
 from fewmask.auxiliary import AUXILIARY
 from fewmask.commands.jobs import Job
-from fewmask.commands.select import candidates
+from fewmask.commands.select import candidates, check_shares
+from fewmask.commands.stages import with_precision
 from fewmask.commands.tables import TABLES, Ensemble, MultiTask, Pretrained, Row, Single, Student, Table, Teacher
 from fewmask.config import Recipe, SelectSection, load_recipe, parse_time
 from fewmask.registry import build, choose
@@ -321,7 +322,7 @@ class Order:
             ours |= {"data.num_folds": self.grid.folds, "data.fold": seed}
         settings = [text for text in self.settings if _concerns(text, stage)]
         # A copy: settings are written into what is given, and the tables are every order's.
-        return load_recipe(name, settings, given=copy.deepcopy({**of_budget, **ours, **given}))
+        return with_precision(load_recipe(name, settings, given=copy.deepcopy({**of_budget, **ours, **given})))
 
 
 def _concerns(key: str, stage: str) -> bool:
@@ -349,7 +350,8 @@ def place_order(
         load_recipe(grid.student).stage("distill")  # before settings are written into a section it may not have
     order = Order(table, budget, grid, out, data, manifest, tuple(unlabelled), tuple(settings))
     if what.selects:
-        list(candidates(order.selects))  # a wrong task is told at once
+        wanted = list(candidates(order.selects))  # a wrong task is told at once
+        check_shares(order.select_recipe(order.fractions[0], 0), wanted)
     for name in grid.rows:
         if choose(what.rows, name, f"row in {table}") and name not in order.rows:
             raise UserError(f"grid.rows holds '{name}', which select.tasks or select.modes leaves out; add it there.")

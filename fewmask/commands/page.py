@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def write_page(folder: Path, table: Found) -> None:
     """Write table.md and, where rows can be compared, table.svg, each in one step."""
     for name, text in (("table.md", markdown(table)), (PICTURE, picture(table))):
         if text is not None:
-            temporary = folder / f".{name}.tmp"
+            temporary = folder / f".{name}.{os.getpid()}.tmp"  # several processes may share a table
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(folder / name)
 

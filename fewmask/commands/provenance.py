@@ -77,7 +77,7 @@ def run_of(model: Path) -> Path | None:
 def _met(run: Path, uses: Sequence[str], hashes: dict[str, str], tests: Sequence[Case]) -> tuple[set[str], set[str]]:
     """Return the content of all that a run used so, and the names of the test images among it."""
     theirs = {content for content, use in read_json(run / "contents.json").items() if use in uses}
-    known = _public_ids(run / "cases.csv", uses)
+    known = {identifier for identifier, use in used_ids(run).items() if use in uses}
     met = {hashes[content] for content in theirs & hashes.keys()}
     return theirs, met | {case.name for case in tests if public_id(case.image) in known}
 
@@ -87,10 +87,17 @@ def _contents(cases: Sequence[Case]) -> list[str]:
     return [hashes[case.image] for case in cases]
 
 
-def _public_ids(path: Path, uses: Sequence[str]) -> set[str]:
-    """Return the public identifiers of the images that a run's cases.csv says it has used so."""
+def used_ids(run: Path) -> dict[str, str]:
+    """Return {public identifier: use} of the images that a run's cases.csv says it has used; empty without the file."""
+    path = run / "cases.csv"
     if not path.is_file():
-        return set()
+        return {}
     with path.open(newline="", encoding="utf-8") as file:
-        found = {public_id(Path(row["image"])) for row in csv.DictReader(file) if row["use"] in uses}
-    return {identifier for identifier in found if identifier is not None}
+        found = {public_id(Path(row["image"])): row["use"] for row in csv.DictReader(file) if row["use"]}
+    return {identifier: use for identifier, use in found.items() if identifier is not None}
+
+
+def learnt_ids(models: Sequence[Path]) -> set[str]:
+    """Return the public identifiers of the images whose masks the models' own runs have learnt from."""
+    runs = [run for model in models if (run := run_of(model)) is not None]
+    return {identifier for run in runs for identifier, use in used_ids(run).items() if use in MASKS}

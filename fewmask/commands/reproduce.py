@@ -16,7 +16,7 @@ from fewmask.commands.cost import note_costs
 from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
 from fewmask.commands.jobs import NotTrainedError, fingerprints, run_job
 from fewmask.commands.page import markdown, write_page
-from fewmask.commands.provenance import learnt_before
+from fewmask.commands.provenance import learnt_before, learnt_ids, public_id
 from fewmask.commands.table import Scene, measure
 from fewmask.commands.tables import Pretrained, Student
 from fewmask.data.contents import content_hashes, fingerprint
@@ -139,6 +139,7 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
             "on the same images, so fill the manifest's column 'split', or give another --manifest."
         )
     learnt, remarks = learnt_before(order.all_teachers, [case for case in masked if case.split == "test"])
+    learnt |= learnt_ids(order.all_teachers)
     to_score, facts = _unseen(order, unseen, cases, learnt) if unseen is not None else ([], {})
     splits = {case.name: str(case.split or "train") for case in masked}
     known: dict[str, Any] = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}
@@ -178,13 +179,18 @@ def _unseen(
 ) -> tuple[list[Case], dict[str, Any]]:
     """Return the cases of another data set that no mask was learnt from, and what to tell of them.
 
-    `learnt` holds the content of the images that given teachers have learnt from.
+    `learnt` holds the content and the public identifiers of the images that given teachers have learnt from.
     """
     masked = [case for case in load_cases(folder) if case.mask is not None]
     hashes = content_hashes([*masked, *cases])
-    trained_on = {hashes[case.image] for case in cases if case.mask is not None} | set(learnt)
-    body = {hashes[case.image] for case in cases if case.mask is None}
-    fresh = sorted((case for case in masked if hashes[case.image] not in trained_on), key=lambda case: case.name)
+
+    def known_as(case: Case) -> set[str]:
+        # A public set that was saved anew has other bytes and the same names.
+        return {hashes[case.image], public_id(case.image) or hashes[case.image]}
+
+    trained_on = set(learnt).union(*(known_as(case) for case in cases if case.mask is not None))
+    body = set[str]().union(*(known_as(case) for case in cases if case.mask is None))
+    fresh = sorted((case for case in masked if trained_on.isdisjoint(known_as(case))), key=lambda case: case.name)
     if not fresh:
         raise UserError(f"{folder} holds no image with a mask that is not among {order.data}; name another --unseen.")
     chosen = fresh
@@ -195,7 +201,7 @@ def _unseen(
         "num_cases": len(chosen),
         "num_masked": len(masked),
         "num_trained_on": len(masked) - len(fresh),
-        "num_in_body": sum(hashes[case.image] in body for case in chosen),
+        "num_in_body": sum(not body.isdisjoint(known_as(case)) for case in chosen),
     }
 
 

@@ -40,6 +40,7 @@ def select(recipe_name: str, overrides: Iterable[str], as_json: bool = False) ->
     section = recipe.select or SelectSection()
     out = recipe.run.out or Path("runs") / f"{Path(recipe_name).stem}-select"
     jobs = list(candidates(section))
+    check_shares(recipe, jobs)
     recipes = {job: recipe_of(recipe, section, job) for job in jobs}
     configure_torch(recipe)
     with Run(out, "select", recipe.resolved()) as run, interruptible(run):
@@ -70,6 +71,16 @@ def candidates(section: SelectSection) -> Iterator[Candidate]:
             yield Candidate(task, "pretrain")
     if not (section.tasks and section.modes and (section.weights or "joint" not in section.modes)):
         raise UserError("There is nothing to select from; give select.tasks, select.modes and select.weights.")
+
+
+def check_shares(recipe: Recipe, jobs: Iterable[Candidate]) -> None:
+    """Raise a UserError where a pre-training would leave its fine-tuning no time."""
+    timed = parse_time(recipe.run.time) is not None
+    if timed and recipe.stage("pretrain").share == 1 and any(job.mode == "pretrain" for job in jobs):
+        raise UserError(
+            "pretrain.share is 1, so that the pre-training of a task takes all of run.time and its fine-tuning has "
+            "none: give a share below 1, such as 0.5, or run.time=none."
+        )
 
 
 def recipe_of(recipe: Recipe, section: SelectSection, job: Candidate) -> Recipe:

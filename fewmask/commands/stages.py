@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from fewmask.data.loader import Loader
 from fewmask.data.streams import PairedLoader
 from fewmask.data.superpixels import Slic, superpixel_maps
 from fewmask.distill.distill import Distill
-from fewmask.engine.fit import Stream, fit, resolve_precision
-from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
+from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
+from fewmask.engine.run import Run, flush_folder, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
 from fewmask.finetune import FINETUNERS
@@ -39,12 +40,19 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def configure_torch(recipe: Recipe) -> None:
-    """Set threads and determinism once per process."""
+    """Set threads and determinism once per process, and let several processes find one another.
+
+    These must know of each other before the first of them waits for what another writes.
+    """
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # What is fresh is written before it is read here; filling it first takes 1 to 5 % of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        accelerator_for(recipe.run)
 
 
 def with_precision(recipe: Recipe) -> Recipe:
@@ -176,6 +184,7 @@ def finish(
         save_model(path, product, {"stage": stage.name, "method": method, "fewmask": made_by})
         _previews(stage, objective, loader)
         stage.finish(method=method, settings=section.model_dump(mode="json"), **facts)
+        flush_folder(stage.folder)
         shutil.rmtree(stage.folder / "checkpoints")  # several times the model's size, and of no more use
     wait_for_everyone()
 

@@ -124,8 +124,12 @@ def _check_fractions(val: float, test: float) -> None:
 
 
 def _join_groups(cases: Sequence[Case], linked: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return {name: the name that stands for its block}, the first by alphabet, by union-find."""
+    """Return {name: the name that stands for its block}, by union-find.
+
+    It is the first by alphabet, of those with a mask where there are any: an image without one moves no other block.
+    """
     parent = {case.name: case.name for case in cases}
+    rank = {case.name: (case.mask is None, case.name) for case in cases}
 
     def find(name: str) -> str:
         while parent[name] != name:
@@ -137,7 +141,7 @@ def _join_groups(cases: Sequence[Case], linked: Iterable[tuple[str, str]]) -> di
     pairs = [(first.setdefault(case.group or case.name, case.name), case.name) for case in cases]
     for a, b in [*pairs, *linked]:
         if a in parent and b in parent:
-            low, high = sorted((find(a), find(b)))
+            low, high = sorted((find(a), find(b)), key=rank.__getitem__)
             parent[high] = low
     return {name: find(name) for name in parent}
 

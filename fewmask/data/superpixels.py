@@ -145,6 +145,8 @@ def _build(
                 os.utime(temporary)
                 if on_progress is not None:
                     on_progress(done, shape[0])
+            file.flush()
+            os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     finally:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fewmask.engine.run import is_main
 from fewmask.types import UserError
 
 KEEP = 2
@@ -99,7 +100,7 @@ def restore_newest(folder: Path, model: nn.Module, optimiser: Optimizer) -> tupl
         except (ValueError, RuntimeError) as error:
             remarks.append(f"{path.name} is damaged and was passed over ({str(error).splitlines()[0]}).")
             continue
-        for damaged in found[: found.index(path)]:  # they are newest by name and would push out sound ones
+        for damaged in found[: found.index(path)] if is_main() else ():  # by name they are newest, and push out others
             damaged.replace(damaged.with_suffix(".damaged"))
         return header, remarks
     if found:

@@ -338,8 +338,8 @@ def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
     line, meter, epoch_meter = Progress(stage.name), Meter(), Meter()
     last_save, last_score = time.monotonic(), ""
     loop.objective.train()
-    while not state.finished and (progress := loop.progress()) < 1.0:
-        state.progress = progress
+    progress = loop.progress()
+    while not state.finished and progress < 1.0:
         terms, waiting = loop.step(progress)
         loop.check_finite()
         num_images = loop.settings.batch_size
@@ -370,6 +370,9 @@ def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
             last_save = time.monotonic()
         if loop.stopping:
             raise Interrupted
+        # Asked once a step, so that no training ends after a step that it took for the last but one; a validation takes
+        # time of its own.
+        progress = loop.progress() if epoch_ends else state.progress
     if validate is not None and state.best_step < 0:  # no epoch was completed: an already finished or empty training
         loop.validate(validate, 1.0)
     line.close(f"{state.step} steps, {state.step / steps:.1f} epochs{last_score}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,9 +26,12 @@ from fewmask.types import FolderInUseError, Interrupted, UserError
 
 PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
 # Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
-_FREE = frozenset(
-    {"time", "checkpoint_seconds", "probe_every", "tensorboard", "out", "root", "unlabelled", "cache", "licence"}
-)
+_FREE = {
+    "run": ("time", "tensorboard", "out"),
+    "data": ("root", "unlabelled", "cache", "licence"),
+    "": ("checkpoint_seconds", "probe_every"),  # of any stage
+}
+_MADE_BY = ("command", "versions", "git", "threads")  # of a finished run these stay those that made it
 
 _LEARNT = ("*/checkpoints/step_*", "*/stage.json")
 _STAGES = ("pretrain", "finetune", "distill")
@@ -49,11 +52,28 @@ def seed_step(seed: int, step: int, stream: int = 0) -> None:
     random.seed(value)
 
 
+def flush(file: IO[Any]) -> None:
+    """Force an open file to the disk: renamed without it, a file can be empty after a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk, before something that they replace is deleted."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary name and rename it, so that a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, default=str) + "\n")
+            flush(file)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -110,8 +130,11 @@ class Run:
     def __enter__(self) -> Run:
         self._claim()
         try:
-            self._check_same()
-            self.info: dict[str, Any] = {**self._old(), **self._facts(), "status": "running"}
+            old, begun = self._old(), self._begun()
+            self._check_same(old if begun else {}, begun)  # before anything was learnt, settings may be mended
+            finished = bool(begun) and old.get("status") == "done" and old.get("verb") == self.verb
+            facts = {key: value for key, value in self._facts().items() if not (finished and key in _MADE_BY)}
+            self.info: dict[str, Any] = {**old, **facts, "status": "running"}
             self.save()
         except BaseException:
             self._release()
@@ -187,17 +210,23 @@ class Run:
         path = self.folder / "run.json"
         return read_json(path) if path.exists() else {}
 
-    def _check_same(self) -> None:
-        begun = {path.relative_to(self.folder).parts[0] for pattern in _LEARNT for path in self.folder.glob(pattern)}
-        old = self._old() if begun else {}  # before anything was learnt, a mistyped setting may be mended
+    def _begun(self) -> set[str]:
+        """Return the stages that have learnt something."""
+        return {path.relative_to(self.folder).parts[0] for pattern in _LEARNT for path in self.folder.glob(pattern)}
+
+    def _check_same(self, old: dict[str, Any], begun: set[str]) -> None:
         for name in self.config if old else ():
             if self._is_ahead(name, begun):
                 continue
-            then, now = _flat(old.get("config", {}).get(name)), _flat(self.config[name])
-            # A setting that an older version did not have yet had no other value; a method's own are all compared.
-            keys = [k for k in sorted({*then, *now}) if k in then or k.startswith("method.")]
-            changed = [k for k in keys if k.split(".")[-1] not in _FREE and then.get(k) != now.get(k)]
-            if changed and old.get("config", {}).get(name) is not None:
+            section = old.get("config", {}).get(name)
+            then, now = _flat(section), _flat(self.config[name])
+            # A setting that an older version did not have yet had no other value.
+            keys = [key for key in sorted({*then, *now}) if section is not None and key.split(".")[0] in section]
+            free = (*_FREE.get(name, ()), *_FREE[""])
+            if name == "run" and then.get("precision") == "auto":  # older tables did not settle it
+                free = (*free, "precision")
+            changed = [key for key in keys if key not in free and then.get(key) != now.get(key)]
+            if changed:
                 key = changed[0]
                 raise UserError(
                     f"{self.folder} holds a run with {name}.{key}={then.get(key)}, and you asked for {now.get(key)}; "

@@ -33,6 +33,8 @@ def write_model_file(path: Path, spec: dict[str, Any], tensors: dict[str, Tensor
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:

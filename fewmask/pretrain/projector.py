@@ -46,7 +46,7 @@ class Projector(nn.Module):
         return F.normalize(self.mlp(feature).float(), dim=1)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Return the scores in [-1, 1], float32 (b, num_prototypes), of a global feature (b, d)."""
+        """Return the scores in [-1, 1], (b, num_prototypes) in the precision of the products, of a feature (b, d)."""
         weight = self.prototypes.float()
         # The value is that of the weight; the gradient is multiplied by the gate, and stays defined when it is zero.
         weight = weight.detach() + self.gate * (weight - weight.detach())

@@ -268,6 +268,26 @@ def test_unseen_data_are_scored_whole_without_the_images_learnt_from(finished, d
     assert (key, summary["num_cases"]) == ("other-all", 5)
 
 
+def test_a_public_image_learnt_from_is_known_by_its_name_when_it_was_saved_anew(finished, data, tmp_path, fewmask):
+    run, name = shutil.copytree(finished, tmp_path / "run"), "ISIC_0000001"
+    rows = table(run / "cases.csv")
+    trained = next(row for row in rows if row["use"] == "labelled")
+    image, mask = data / "images" / Path(trained["image"]).name, data / "masks" / Path(trained["mask"]).name
+    trained["image"] = f"elsewhere/{name}.png"
+    with (run / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    other = make_dataset(tmp_path / "other", 5, 0, size=(64, 80), seed=9)
+    (other / "manifest.csv").unlink()
+    Image.open(image).save(other / "images" / f"{name}_small.jpg", quality=50)
+    shutil.copy(mask, other / "masks" / f"{name}_small.png")
+    code, out, err = fewmask("evaluate", run, other, "--json")
+    assert code == 0, err
+    assert "1 images were left out" in err
+    assert json.loads(out)["other-all"]["num_cases"] == 5
+
+
 def test_two_runs_are_compared_on_the_same_images(finished, drawn, tmp_path, fewmask):
     assert fewmask("run", drawn, "--out", tmp_path / "run", *TINY, "run.seed=3", "finetune.min_epoch_steps=30")[0] == 0
     code, out, err = fewmask("evaluate", tmp_path / "run", drawn, "--against", finished, "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -14,13 +15,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fewmask.commands.grid import place_order
+from fewmask.commands.page import write_page
 from fewmask.commands.papers import PAPERS, deviations
-from fewmask.commands.reproduce import reproduce
+from fewmask.commands.reproduce import reproduce, survey
 from fewmask.commands.table import describe_cell
 from fewmask.commands.tables import TABLES
+from fewmask.config import RunSection
 from fewmask.data.synthetic import make_dataset
+from fewmask.engine.fit import resolve_precision
 from fewmask.engine.run import Run
 from fewmask.types import UserError
 
@@ -125,6 +130,56 @@ def test_excluded_images_and_unseen_ones_are_counted(finished, split_data):
     assert found["pretraining"][0]["num_images"] <= splits.count("train") + splits.count("")
     assert found["unseen"] == {"name": "other", "num_cases": 4, "num_masked": 5, "num_trained_on": 1, "num_in_body": 0}
     assert "copy" not in cases(finished / "mae" / "1-0" / "cases_unseen.csv")
+
+
+def test_a_public_image_that_was_saved_anew_is_not_unseen(split_data, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(split_data, data)
+    rows = _manifest(data)
+    for number, row in enumerate(rows):  # public names, as ISIC's
+        for kind in ("image", "mask"):
+            if row[kind]:
+                path = Path(row[kind])
+                row[kind] = str(path.with_name(f"ISIC_{number:07}{path.suffix}"))
+                (data / path).rename(data / row[kind])
+    with (data / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    other = make_dataset(tmp_path / "other", 2, 0, size=(64, 80), seed=5)
+    (other / "manifest.csv").unlink()
+    masked = [row for row in rows if row["mask"]]
+    for row in masked[:3]:
+        Image.open(data / row["image"]).save(other / "images" / Path(row["image"]).name, quality=50)
+        shutil.copy(data / row["mask"], other / "masks")
+    order = place_order("g2ll-table1", "smoke", tmp_path / "out", data, None, (), TWO)
+    scene, chosen = survey(order, other)
+    assert {case.name for case in chosen}.isdisjoint(Path(row["image"]).stem for row in masked)
+    assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (2, 3)
+
+
+def test_two_processes_may_write_one_page(finished, tmp_path):
+    found, want = table(finished), (finished / "table.md").read_text()
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_often, args=(tmp_path, found)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert (tmp_path / "table.md").read_text() == want
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.md", "table.svg"]
+
+
+def _write_often(folder, found):
+    for _ in range(100):
+        write_page(folder, found)
+
+
+def test_every_run_of_a_table_says_in_which_precision(split_data, tmp_path):
+    order = place_order("g2ll-table1", "smoke", tmp_path / "out", split_data, None, (), TWO)
+    jobs = [job for row in order.rows for job in order.jobs(row, 1.0, 0)]
+    assert {job.recipe.run.precision for job in jobs} == {resolve_precision(RunSection(device="cpu"))}
 
 
 def test_a_second_call_trains_nothing(finished, split_data, unseen):

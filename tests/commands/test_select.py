@@ -178,3 +178,13 @@ def test_an_unknown_task_is_told(drawn, tmp_path, fewmask):
     code, _, err = fewmask("select", "two_stage", *words)
     assert code == 1
     assert "Did you mean 'rotation'?" in err
+
+
+@pytest.mark.parametrize("words", [("run.time=5m",), ("run.time=5m", 'select.modes=["pretrain"]')])
+def test_a_pretraining_that_leaves_no_time_is_told_before_it_begins(words, drawn, tmp_path, fewmask):
+    code, _, err = fewmask(
+        "select", "two_stage", f"data.root={drawn}", f"run.out={tmp_path / 'o'}", "pretrain.share=1", *words
+    )
+    assert code == 1
+    assert "give a share below 1" in err
+    assert not (tmp_path / "o").exists()

@@ -62,6 +62,18 @@ def test_blocks_stay_whole_every_label_counts_and_order_does_not(cases, linked, 
     assert split_of(assign_splits(shuffled, seed=seed, linked=linked)) == splits
 
 
+@given(cases=case_lists, links=st.lists(st.integers(0, 29), max_size=5), seed=st.integers(0, 99))
+def test_images_without_a_mask_move_no_other_whatever_they_show(cases, links, seed):
+    cases = [case for case in cases if case.mask is not None]
+    assume(len({case.group for case in cases}) >= 2)
+    names = [case.name for case in cases]
+    others = [make_case(f"a{n}", mask=None) for n in range(5)]  # before all others by name
+    linked = [(f"a{n}", names[k % len(names)]) for n, k in enumerate(links)]
+    alone = split_of(assign_splits(cases, seed=seed))
+    among = split_of(assign_splits([*cases, *others], seed=seed, linked=linked))
+    assert {name: among[name] for name in names} == alone
+
+
 @given(seed=st.integers(0, 999), num=st.integers(20, 200))
 def test_single_images_are_drawn_in_the_asked_shares(seed, num):
     cases = [make_case(f"c{n}", label="ab"[n % 5 == 0]) for n in range(num)]

@@ -17,7 +17,7 @@ from fewmask.config import RunSection, StageSection
 from fewmask.engine.checkpoint import checkpoints
 from fewmask.engine.fit import accelerator_for, synchronise_norms
 from fewmask.engine.optim import build_optimiser, learning_rate
-from fewmask.engine.run import Run
+from fewmask.engine.run import Run, versions
 from fewmask.engine.stage import CLOCKS
 from fewmask.models import build_encoder
 from fewmask.types import Interrupted, UserError
@@ -206,6 +206,28 @@ def test_a_time_budget_ends_the_training_and_the_schedule(tmp_path, monkeypatch)
     assert steps[-1]["lr"] < 0.02 * max(line["lr"] for line in steps)
 
 
+class SlowDisk(Clocked):
+    """Saves take long on that clock, so that the time is over in the middle of one."""
+
+    steps_per_epoch = 2
+
+    def note(self, *args, **kwargs):
+        self.now += 0.2
+
+
+def test_time_that_ends_while_saving_is_followed_by_one_more_step_and_its_validation(tmp_path, monkeypatch):
+    stream, scored = SlowDisk(), []
+    monkeypatch.setitem(CLOCKS, "wall", lambda: stream.now)
+    monkeypatch.setattr("fewmask.engine.fit.save_checkpoint", stream.note)
+
+    def validate(product):
+        scored.append(len(stream.asked))
+        return {"score": 0.0}
+
+    _, facts, _ = train(tmp_path, epochs=10**6, stream=stream, budget=0.8, validate=validate)
+    assert scored[-1] == facts["steps"]
+
+
 def test_the_log_says_what_happened(tmp_path):
     train(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "pretrain" / "log.jsonl").read_text().splitlines()]
@@ -265,6 +287,54 @@ def test_settings_of_a_stage_ahead_may_be_mended(tmp_path, begun, section, free)
     if begun:
         with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=1, and you asked for 2"):
             enter(tmp_path, **{section: 2})
+
+
+def begun_run(folder, config, **facts):
+    """Leave a run of these settings that has learnt something; return what run.json then holds."""
+    with Run(folder, "distill", config) as run:
+        (folder / "distill" / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
+        run.info.update(facts)
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "named"),
+    [
+        ({"distill": {"unlabelled": True}}, {"distill": {"unlabelled": False}}, r"distill\.unlabelled=True"),
+        ({"model": {"encoder_settings": {}}}, {"model": {"encoder_settings": {"drop_path": 0.3}}}, "drop_path=None"),
+        ({"run": {"precision": "bf16"}}, {"run": {"precision": "fp32"}}, r"run\.precision=bf16"),
+    ],
+)
+def test_a_setting_that_changes_the_result_is_compared_wherever_it_stands(tmp_path, then, now, named):
+    before = begun_run(tmp_path, then)
+    with pytest.raises(UserError, match=named):
+        begun_run(tmp_path, now)
+    assert json.loads((tmp_path / "run.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"data": {"unlabelled": ["a"]}}, {"data": {"unlabelled": ["b"]}}),  # compared by content
+        ({"run": {"time": "5m"}}, {"run": {"time": "9m"}}),
+        ({"distill": {"checkpoint_seconds": 1}}, {"distill": {"checkpoint_seconds": 2}}),
+        ({"distill": {"epochs": 1}}, {"distill": {"epochs": 1, "new": 2}}),  # an older version had no such setting
+        ({"run": {"precision": "auto"}}, {"run": {"precision": "bf16"}}),
+    ],
+)
+def test_a_setting_that_changes_no_result_may_differ(tmp_path, then, now):
+    begun_run(tmp_path, then)
+    assert begun_run(tmp_path, now)["config"] == now
+
+
+def test_a_finished_run_stays_what_made_it_and_an_unfinished_one_says_who_went_on(tmp_path):
+    begun_run(tmp_path, {}, git="old", versions={"torch": "1"}, command="fewmask distill old")
+    again = begun_run(tmp_path, {})
+    assert (again["git"], again["versions"], again["command"]) == ("old", {"torch": "1"}, "fewmask distill old")
+    (tmp_path / "run.json").write_text(json.dumps({**again, "status": "interrupted"}))
+    gone_on = begun_run(tmp_path, {})
+    assert gone_on["versions"] == versions()
+    assert gone_on["command"] != "fewmask distill old"
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

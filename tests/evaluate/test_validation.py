@@ -121,3 +121,18 @@ def test_it_runs_in_the_precision_of_the_training(precision: str, dtype: torch.d
     score = Validation(cached, range(6), 40, precision=precision)(network)["score"]
     assert set(network.dtypes) == {dtype}
     assert score == pytest.approx(Validation(cached, range(6), 40)(network)["score"], abs=0.02)
+
+
+@pytest.mark.parametrize(("room", "reads"), [(1e9, 3), (100, 6)])
+def test_a_small_set_is_read_once_and_scored_alike(room: float, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewmask.evaluate.validation.KEPT_BYTES", room)
+    cached, found = make_cached(9, 40), []
+
+    class Counted:
+        def __getitem__(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+            found.append(chosen)
+            return cached.images[chosen]
+
+    validation = Validation(Cached(Counted(), cached.masks), range(9), 32, batch_size=3)  # type: ignore[arg-type]
+    assert validation(Red()) == validation(Red())
+    assert len(found) == reads
