@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -334,3 +336,18 @@ def test_a_stage_asks_about_no_more_images_than_its_time_allows(tmp_path, monkey
     assert replace(answers, levels=(1,)).affordable(others) == others
     stage.budget = None
     assert answers.affordable(others) == others
+
+
+def test_two_processes_ask_as_much_as_the_time_of_one_allows(taught, drawn, tmp_path):
+    # Before the first Accelerator no process waited for another, and the second read what was not written yet.
+    words = [
+        *STUDENT, f"data.root={drawn}", f"run.out={tmp_path / 'small'}", f'distill.teachers=["{taught}"]',
+        "distill.epochs=1000", "run.time=3s",
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fewmask", "distill"]
+    command = [sys.executable, *launcher, "tiny_unet", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found = facts(tmp_path / "small")
+    assert (found["num_processes"], found["status"]) == (2, "done")
+    assert json.loads((tmp_path / "small" / "distill" / "asked.json").read_text())["num_images"] > 0
