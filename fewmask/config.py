@@ -6,15 +6,17 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from datetime import date, time
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from fewmask.types import UserError
 
 STAGES = ("pretrain", "finetune", "distill")
+FOLDERS = ("run.out", "data.root", "data.cache")
 
 
 _UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -33,9 +35,16 @@ def parse_time(text: str) -> float | None:
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys and wrong types are errors."""
+    """A part of a recipe: unknown keys are errors, and so are values that cannot be read as what a key takes."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("a number is wanted, not true or false")
+        return value
 
 
 class RunSection(Section):
@@ -240,9 +249,12 @@ def _parse_override(text: str) -> tuple[str, Any]:
     if not sign or not key:
         raise UserError(f"'{text}' is not a setting; write it as key=value, for example finetune.epochs=20.")
     try:
-        return key, tomllib.loads(f"value = {raw}")["value"]
+        value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         return key, raw
+    # A folder may be called 2026-11-22, or 2026; no setting is a date.
+    is_name = isinstance(value, date | time) or (key in FOLDERS and not isinstance(value, str))
+    return key, raw if is_name else value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:

@@ -41,6 +41,8 @@ def test_method_is_short_for_the_stage(tmp_path):
         ("run.sed=3", "Did you mean 'seed'?"),
         ("runn.seed=3", "Did you mean 'run'?"),
         ("finetune.epochs=many", "Setting 'finetune.epochs' cannot be 'many'"),
+        ("finetune.epochs=true", "a number is wanted, not true or false"),
+        ("finetune.lr=false", "a number is wanted, not true or false"),
         ("finetune.epochs=-1", "Setting 'finetune.epochs' cannot be -1"),
         ("run.time=soon", "a time is written like 15m"),
         ("run.time=0s", "above zero"),
@@ -57,6 +59,12 @@ def test_a_bad_setting_is_one_sentence(override, words):
         load_recipe("run", ["run.seed=1", override])
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["2026", "2026-11-22", "07:30:00", "1.50", "true", "plain"])
+def test_a_folder_may_have_any_name(name):
+    recipe = load_recipe("run", [f"run.out={name}", f"data.root={name}"])
+    assert (str(recipe.run.out), str(recipe.data.root)) == (name, name)
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path):

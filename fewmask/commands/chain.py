@@ -7,11 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fewmask.commands.distillation import check_before_training, compare_student, distill, lost_and_gained, unmasked
+from fewmask.commands.distillation import (
+    check_before_training,
+    compare_student,
+    digests_of,
+    distill,
+    lost_and_gained,
+    unmasked,
+)
 from fewmask.commands.evaluate import evaluate_cases, sentence
 from fewmask.commands.export import export_run
 from fewmask.commands.prepare import Prepared, prepare
-from fewmask.commands.stages import configure_torch, finetune, pretrain, with_precision
+from fewmask.commands.stages import configure_torch, finetune, objective_for, pretrain, with_precision
 from fewmask.config import Recipe, StageSection, load_recipe, parse_time
 from fewmask.deploy.latency import measure_latency
 from fewmask.engine.run import Run, interruptible, is_main, read_json, write_json
@@ -60,6 +67,9 @@ def run(
 def chain(recipe: Recipe, out: Path) -> None:
     """Run every stage of a recipe into a folder, resuming at the one where it stopped."""
     configure_torch(recipe)
+    objective_for("finetune", recipe, "none")  # a mistyped setting is told now and not after hours of pre-training
+    if recipe.pretrain is not None and recipe.pretrain.epochs:
+        objective_for("pretrain", recipe, "none", num_classes=2)
     distils = recipe.distill is not None and recipe.distill.epochs > 0
     if distils:
         check_before_training(recipe)
@@ -122,8 +132,8 @@ def deliver(folder: Run, data: Prepared) -> None:
         export_once(folder, stage)
     if not data.of_split("test"):
         Progress("evaluate").close("there are too few masks for a test split; the validation figures are optimistic")
-    own = str(folder.folder / "finetune" / "model.safetensors")
-    if distilled and read_json(folder.folder / "distill" / "stage.json")["teachers"] == [own]:
+    own = folder.folder / "finetune" / "model.safetensors"
+    if distilled and read_json(folder.folder / "distill" / "stage.json")["teacher_digests"] == digests_of([own]):
         found = compare_student(folder.folder)
         write_json(folder.folder / "distill" / "comparison.json", found)
         Progress("distill").close(lost_and_gained(found))

@@ -17,6 +17,7 @@ from fewmask.config import DistillSection, Recipe
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
 from fewmask.distill.distill import KD_ALONE, Distill
+from fewmask.distill.kd import KD
 from fewmask.engine.fit import Stream, fit, resolve_precision
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
@@ -24,6 +25,7 @@ from fewmask.evaluate.results import Row, read_case_csv
 from fewmask.evaluate.score import compare
 from fewmask.evaluate.validation import Validation
 from fewmask.models import Segmenter, build_encoder, build_segmenter, load_model
+from fewmask.registry import check_type
 from fewmask.types import UserError
 
 FROM_TEACHER = "teacher"
@@ -55,6 +57,8 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     whole = None if start is None else models[files.index(start)]
     objective = objective_for("distill", recipe, weights, whole=whole, teachers=models)
     assert isinstance(objective, Distill)
+    if asks_once and len(models) > 1:
+        check_stored_answers(objective)
     levels, temperature = objective.stored_levels, objective.stored_at
     once = Answers(stage, recipe, data, models, digests, temperature, levels) if asks_once else None
     asked = stage.now()
@@ -79,8 +83,8 @@ def predicts_once(section: DistillSection) -> bool:
 
     Unless told, they are where the losses read predictions alone: features take more room than images do.
     """
-    losses = section.method.get("losses", KD_ALONE)
-    listens = bool(losses) or (section.method.get("pseudo_weight", 0) > 0 and section.unlabelled)
+    losses = losses_of(section)
+    listens = bool(losses) or (pseudo_weight_of(section) > 0 and section.unlabelled)
     if section.predict_once is True and not listens:
         raise UserError(
             "With distill.predict_once and no loss nothing would learn from the predictions: set "
@@ -89,6 +93,33 @@ def predicts_once(section: DistillSection) -> bool:
     if section.predict_once == "auto":
         return listens and all(name in LOGIT_LOSSES for name in losses)
     return section.predict_once
+
+
+def losses_of(section: DistillSection) -> Mapping[str, Any]:
+    """Return the losses by name; a UserError where the setting holds anything else."""
+    where = "distill.method.losses"
+    found: Mapping[str, Any] = check_type(dict[str, Any], section.method.get("losses", KD_ALONE), where)
+    return found
+
+
+def pseudo_weight_of(section: DistillSection) -> float:
+    """Return the weight of the teacher's decisions; a UserError where the setting is no number."""
+    return float(check_type(float, section.method.get("pseudo_weight", 0.0), "distill.method.pseudo_weight"))
+
+
+def check_stored_answers(objective: Distill) -> None:
+    """Raise a UserError where one stored answer of several teachers is not what a loss is told to average over them.
+
+    The mean of divergences is one from the mean softened answer, but for what no student changes; of another loss on
+    logits that does not hold. Features are the first teacher's either way.
+    """
+    named = objective.distillers.items()
+    others = [name for name, loss in named if not loss.pairs and not isinstance(loss, KD)]
+    if objective.ensemble == "mean_kl" and others:
+        raise UserError(
+            f"With ensemble=mean_kl the loss '{others[0]}' is averaged over the teachers, and distill.predict_once "
+            "stores one answer of all: set distill.predict_once=false, or distill.method.ensemble=average."
+        )
 
 
 def check_before_training(recipe: Recipe) -> None:
@@ -163,7 +194,7 @@ def unmasked(section: DistillSection, data: Prepared) -> list[int]:
     """
     labelled = set(data.labelled)
     others = [i for i in data.body if i not in labelled] if section.unlabelled else []
-    if not others and not section.method.get("losses", KD_ALONE) and section.method.get("pseudo_weight", 0) > 0:
+    if not others and not losses_of(section) and pseudo_weight_of(section) > 0:
         raise UserError(
             "The student would learn nothing from its teacher: no loss compares them, and no image without a mask "
             "takes part on which it could learn the teacher's decision. Set distill.method.losses={kd={}}, or give "

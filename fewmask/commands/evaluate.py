@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fewmask.commands.provenance import public_id, used_ids
+from fewmask.commands.provenance import public_id, run_of, used_ids
 from fewmask.data.contents import content_hashes
 from fewmask.data.manifest import load_cases
 from fewmask.deploy.predictor import ImagePredictor
@@ -38,11 +39,11 @@ def evaluate(
     find_segmenter(run)
     cases, key = _cases(run, data, manifest, split)
     others = read_case_csv(against / f"cases_{key}.csv") if against is not None else None
-    summary = evaluate_cases(run, cases, key)
+    summary = evaluate_cases(run, cases, key, place=None if key in USE_OF else place_of(data))
     if others is not None:
         found = compare(read_case_csv(run / f"cases_{key}.csv"), others)
         summary = {**summary, "against": {"run": str(against), **found}}
-        write_json(run / "compare.json", summary["against"])
+        write_json(run / "compare.json", {"split": key, **summary["against"]})
     if as_json:
         print(json.dumps({key: summary}))
     else:
@@ -52,19 +53,24 @@ def evaluate(
     return 0
 
 
-def evaluate_cases(run: Path, cases: Sequence[Case], key: str, stage: str | None = None) -> dict[str, Any]:
+def evaluate_cases(
+    run: Path, cases: Sequence[Case], key: str, stage: str | None = None, place: str | None = None
+) -> dict[str, Any]:
     """Score the run's segmenter on cases and write `metrics.json` (under `key`), `cases_KEY.csv` and the pictures.
 
-    With `stage`, it is that stage's segmenter, and the files go into the stage's folder.
+    With `stage`, it is that stage's segmenter, and the files go into the stage's folder. `place` says where the cases
+    lie, for data that are not the run's own (see `place_of`).
     """
-    return score_into(run if stage is None else run / stage, TorchPredictor(run, stage=stage), cases, key)
+    return score_into(run if stage is None else run / stage, TorchPredictor(run, stage=stage), cases, key, place)
 
 
-def score_into(folder: Path, predictor: ImagePredictor, cases: Sequence[Case], key: str) -> dict[str, Any]:
+def score_into(
+    folder: Path, predictor: ImagePredictor, cases: Sequence[Case], key: str, place: str | None = None
+) -> dict[str, Any]:
     """Score a predictor on cases; write `metrics.json` (under `key`), `cases_KEY.csv` and pictures into a folder."""
     line = Progress(f"evaluate {key}")
     rows = score_cases(predictor, cases, THRESHOLD, on_progress=line.count)
-    summary = summarise(rows)
+    summary = summarise(rows) | ({"place": place} if place else {})
     write_case_csv(folder / f"cases_{key}.csv", rows)
     save_pictures(folder, key, rows, cases, predictor, THRESHOLD)
     write_metrics(folder / "metrics.json", key, summary)
@@ -99,13 +105,19 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
     data the split is the one the run used. On other data it is the manifest's; a set without any split is scored
     whole, but for images the run has learnt from, which are left out with a remark.
     """
-    facts = read_json(run / "run.json").get("data") or {}
+    home = run_of(find_segmenter(run))
+    if home is None:
+        raise UserError(
+            f"{run} does not say which images it has learnt from (there is no contents.json), so that no figure of it "
+            "could be trusted: give a run folder that fewmask wrote, as a whole."
+        )
+    record = read_json(home / "run.json")
+    facts = (record.get("data") if isinstance(record, dict) else None) or {}
     own_root = Path(facts.get("root", "")).resolve() == data.resolve()
     chosen_manifest = manifest or (facts.get("manifest") if own_root else None)
     cases = load_cases(data, Path(chosen_manifest) if chosen_manifest else None)
     masked = [case for case in cases if case.mask is not None]
-    path, hashes = run / "contents.json", content_hashes(masked)
-    uses, by_id = read_json(path) if path.exists() else {}, used_ids(run)
+    hashes, uses, by_id = content_hashes(masked), read_json(home / "contents.json"), used_ids(home)
     use = {case.name: uses.get(hashes[case.image]) or by_id.get(public_id(case.image) or "") for case in masked}
     if masked and all(use.values()):
         if split == "all":
@@ -116,7 +128,19 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
         Progress("evaluate").close(f"{len(masked) - len(fresh)} images were left out: the run has learnt from them")
     whole = split == "all" or all(case.split is None for case in fresh)
     chosen = fresh if whole else [case for case in fresh if case.split == split]
-    return _chosen(chosen, data, split), f"{data.resolve().name}-{'all' if whole else split}"
+    return _chosen(chosen, data, split), _key(run, data.resolve(), "all" if whole else split)
+
+
+def _key(run: Path, data: Path, split: str) -> str:
+    """Return the name of a result on other data: the folder's, with its parent's where another folder has that."""
+    key, path = f"{data.name}-{split}", run / "metrics.json"
+    known = read_json(path).get(key, {}).get("place") if path.exists() else None
+    return key if known in (None, place_of(data)) else f"{data.parent.name}-{key}"
+
+
+def place_of(data: Path) -> str:
+    """Return 8 hex digits for the place of a data folder; a result that may travel does not tell the path itself."""
+    return hashlib.sha256(str(data.resolve()).encode()).hexdigest()[:8]
 
 
 def _chosen(cases: list[Case], data: Path, split: str) -> list[Case]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewmask.deploy.latency import measure_latency
 from fewmask.deploy.run_files import describe_run, find_segmenter, input_size
+from fewmask.engine.run import write_json
 
 
 def export(run: Path, out: Path | None, as_json: bool) -> int:
@@ -18,6 +19,8 @@ def export(run: Path, out: Path | None, as_json: bool) -> int:
     find_segmenter(run)  # before torch has started, so that a mistyped folder is answered at once
     facts = export_run(run, out or run / "model.onnx")
     facts["latency"] = measure_latency(Path(facts["file"]))
+    if out is None:  # the report tells of the run's own file, and of no copy elsewhere
+        write_json(run / "export.json", facts)
     print(json.dumps(facts, indent=1) if as_json else "\n".join(_lines(facts)))
     return 0
 

@@ -90,6 +90,8 @@ def _predict_one(predictor: ImagePredictor, job: Job, out: Path, overlay: bool, 
 
 
 def _refuse_overwriting(jobs: tuple[Job, ...], paths: list[str], out: Path) -> None:
+    from fewmask.deploy.pictures import is_ours
+
     inputs = {job.image.resolve() for job in jobs}
     if any(Path(path).resolve() == out.resolve() for path in paths):
         raise UserError(f"{out} is a folder of inputs, where masks would be taken for images; choose another --out.")
@@ -99,6 +101,11 @@ def _refuse_overwriting(jobs: tuple[Job, ...], paths: list[str], out: Path) -> N
         for target in (out / f"{job.name}.png", out / "overlays" / f"{job.name}.jpg"):
             if target.resolve() in inputs:
                 raise UserError(f"The answer for {job.image} would overwrite the input {target}; choose another --out.")
+        if (mask := out / f"{job.name}.png").exists() and not is_ours(mask):
+            raise UserError(
+                f"{mask} is there already, and 'fewmask predict' did not write it (a mask drawn by hand?); choose "
+                "another --out, or move it away."
+            )
 
 
 @contextmanager

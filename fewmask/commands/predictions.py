@@ -80,15 +80,20 @@ class Answers:
     def affordable(self, others: Sequence[int]) -> list[int]:
         """Return the images without a mask to ask about: all, or as many as 0.3 of the stage's time allows, drawn.
 
-        How many these are depends on this machine, so it is written down, and a resumed stage has the same.
+        How many these are depends on this machine, so it is written down, and a stage that is resumed has the same,
+        whatever time it is given then.
         """
         path = self.stage.folder / "asked.json"
-        if self.stage.budget is None or not others:
-            return list(others)
+        if not others:
+            return []
         question = {"of": len(others), "levels": list(self.levels)}  # which may change until the training begins
+        if not any((self.stage.folder / "checkpoints").glob("step_*")):
+            question["budget"] = self.stage.budget
         if is_main() and not (path.exists() and question.items() <= read_json(path).items()):
-            num = int(SHARE_OF_TIME * self.stage.budget / self._seconds_an_image(others))
-            write_json(path, {"num_images": min(max(num, BATCH), len(others)), **question})
+            num = len(others)
+            if self.stage.budget is not None:
+                num = max(int(SHARE_OF_TIME * self.stage.budget / self._seconds_an_image(others)), BATCH)
+            write_json(path, {"num_images": min(num, len(others)), "budget": self.stage.budget, **question})
         wait_for_everyone()
         num = int(read_json(path)["num_images"])
         if num < len(others):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +147,28 @@ def objective_for(
     where = "student" if stage == "distill" else "model"
     _refuse(f"{where}.encoder_settings", model.encoder_settings, ("name", "weights", "size"))
     _refuse(f"{where}.segmenter_settings", model.segmenter_settings, ("name", "encoder"))
-    encoder = build_encoder(model.encoder, weights, size=size, **model.encoder_settings)
-    offered |= {"encoder": encoder, "num_classes": num_classes, "size": size}
-    if stage != "pretrain":
-        offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
-        if whole is not None:
-            copy_whole(offered["segmenter"], whole)
+    with _settings_of(where):
+        encoder = build_encoder(model.encoder, weights, size=size, **model.encoder_settings)
+        offered |= {"encoder": encoder, "num_classes": num_classes, "size": size}
+        if stage != "pretrain":
+            offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
+    if whole is not None:
+        copy_whole(offered["segmenter"], whole)
     settings = dict(recipe.stage(stage).method)
     table: dict[str, Any] = METHODS[stage]
     factory = choose(table, settings.pop("name"), f"{stage} method")
     # Of what is offered, a method is given what its constructor asks for.
     given = {name: value for name, value in offered.items() if name in inspect.signature(factory).parameters}
     return build(factory, settings, f"{stage}.method", **given)
+
+
+@contextmanager
+def _settings_of(where: str) -> Iterator[None]:
+    """Name a network's settings by the section they stand in: those who read them know one only, "model"."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\bmodel\.(?=\w+_settings)", f"{where}.", str(error))) from None
 
 
 def _refuse(section: str, settings: dict[str, Any], reserved: tuple[str, ...]) -> None:

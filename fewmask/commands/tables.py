@@ -259,6 +259,12 @@ _CONTROLS = {
     "mbf-wide": Student(_losses("mbf", width=WIDTH * 2), against=("mbf",)),
     "m2bf-1head": Student(_losses("m2bf", num_heads=1), against=("m2bf",)),
     "m2bf-5heads": Student(_losses("m2bf", num_heads=NUM_HEADS + 2), against=("m2bf",)),
+    **{
+        f"m2bf-light-{region}": Student(
+            _losses("m2bf", weight=LIGHT * WEIGHTS["m2bf"], region=region), against=("m2bf-light",)
+        )
+        for region in ("none", "whole")
+    },
     "m2bf-parallel": Student(_losses("m2bf", form="parallel"), against=("m2bf",)),
 }
 

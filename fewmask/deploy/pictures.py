@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fewmask.types import UserError
 
 COLOUR = (0, 220, 190)
 TINT = 0.22
+MADE_BY = ("Software", "fewmask")
 
 
 def mask_png(mask: NDArray[np.bool_]) -> bytes:
-    """Return a PNG of 0 and 255, one channel, at the mask's own size (h, w)."""
-    return _encode(Image.fromarray(mask.astype(np.uint8) * 255), "PNG")
+    """Return a PNG of 0 and 255, one channel, at the mask's own size (h, w), which says that fewmask wrote it."""
+    made_by = PngInfo()
+    made_by.add_text(*MADE_BY)
+    return _encode(Image.fromarray(mask.astype(np.uint8) * 255), "PNG", pnginfo=made_by)
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file is a mask that `mask_png` made."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get(MADE_BY[0]) == MADE_BY[1]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def overlay_jpeg(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bytes:

@@ -49,20 +49,29 @@ def describe_run(run: Path, spec: dict[str, Any], stage: str | None = None) -> d
     data = record.get("data") or {}
     # A path is shortened to its last part: the file may travel, and the path says nothing elsewhere.
     path, config = find_segmenter(run, stage), record.get("config") or {}
-    weights = (config.get("model") or {}).get("weights", "unknown")
-    if path.parent.name == "distill" and (own := (config.get("student") or {}).get("weights")) not in (None, "teacher"):
-        weights = own
-    weights = Path(weights).name
+    weights = _started_from(config, path.parent.name)
     return {
         "threshold": THRESHOLD,
         "network": spec,
-        "weights": weights,
+        "weights": Path(weights).name,
         "weights_licence": _WEIGHT_LICENCES.get(weights, _UNKNOWN),
         "data_licence": data.get("licence") or _UNKNOWN,
         "data_fingerprint": data.get("fingerprint"),
         "metrics": _read((run / stage if stage else run) / "metrics.json"),
         "run_fingerprint": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
     }
+
+
+def _started_from(config: dict[str, Any], stage: str) -> str:
+    """Return the weights that a stage's encoder had before the run: a word, a path, or "teacher" for a given one's."""
+    before = str((config.get("model") or {}).get("weights", "unknown"))
+    own = (config.get("student") or {}).get("weights")
+    if stage != "distill" or own is None:
+        return before
+    if own != "teacher":
+        return str(own)
+    # A teacher that was given began with weights that its own run knows; one of this run began as `model` says.
+    return "teacher" if (config.get("distill") or {}).get("teachers") else before
 
 
 def _read(path: Path) -> Any:

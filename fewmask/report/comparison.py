@@ -60,7 +60,7 @@ def _row(record: Record) -> dict[str, str]:
 def _difference(record: Record) -> str:
     """Return the paired difference that `evaluate` computed; the report computes none of its own."""
     compare = record.compare or {}
-    if number(compare.get("difference")) is None:
+    if number(compare.get("difference")) is None or compare.get("split") != record.split:
         return ""
     text = f"{float(compare['difference']):+.3f}".replace("-", "−")
     if number(compare.get("low")) is not None and number(compare.get("high")) is not None:

@@ -285,7 +285,45 @@ def test_a_public_image_learnt_from_is_known_by_its_name_when_it_was_saved_anew(
     code, out, err = fewmask("evaluate", run, other, "--json")
     assert code == 0, err
     assert "1 images were left out" in err
-    assert json.loads(out)["other-all"]["num_cases"] == 5
+    assert [summary["num_cases"] for summary in json.loads(out).values()] == [5]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("finetune.method.dice_wieght=0.3",), "Unknown setting 'finetune.method.dice_wieght'"),
+        (("finetune.method.name=segmnt",), "Did you mean 'segment'?"),
+        (("finetune.method.average=2",), "average"),
+        (("distill.epochs=0", "model.segmenter=nosuch"), "no segmenter named 'nosuch'"),
+        (("pretrain.method.mask_ration=0.5",), "Unknown setting 'pretrain.method.mask_ration'"),
+    ],
+)
+def test_a_mistake_in_any_stage_is_told_before_the_first_begins(words, said, drawn, tmp_path, fewmask):
+    code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *TINY, *words)
+    assert code == 1
+    assert said in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_data_sets_in_folders_of_one_name_keep_their_results_apart(finished, tmp_path, fewmask):
+    run = shutil.copytree(finished, tmp_path / "run")
+    for number, site in enumerate(("a", "b")):
+        other = make_dataset(tmp_path / site / "set", 4 + number, 0, size=(64, 80), seed=20 + number)
+        (other / "manifest.csv").unlink()
+        for _ in range(2):  # again is not another
+            assert fewmask("evaluate", run, other)[0] == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    sizes = {key: found["num_cases"] for key, found in metrics.items() if key.endswith("set-all")}
+    assert sizes == {"set-all": 4, "b-set-all": 5}
+    assert len(table(run / "cases_set-all.csv")) == 4
+
+
+def test_a_run_that_does_not_say_what_it_learnt_from_is_not_scored(finished, drawn, tmp_path, fewmask):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "contents.json").unlink()
+    code, _, err = fewmask("evaluate", run, drawn)
+    assert code == 1
+    assert "does not say which images it has learnt from" in err
 
 
 def test_two_runs_are_compared_on_the_same_images(finished, drawn, tmp_path, fewmask):

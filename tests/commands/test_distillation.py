@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -122,6 +123,12 @@ def test_teachers_are_asked_once_wherever_predictions_are_enough(method, once):
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
         (("student.weights=teacher",), "holds weights of the encoder 'vit_tiny_patch16', but this one is 'tiny'"),
         (("distill.method.losses={nope = {}}",), "no distillation loss named 'nope'"),
+        (("distill.method.losses=false",), "Setting 'distill.method.losses' cannot be False"),
+        (
+            ("distill.method.losses={}", "distill.method.pseudo_weight=high"),
+            "Setting 'distill.method.pseudo_weight' cannot be 'high'",
+        ),
+        (("student.encoder_settings.foo=2",), "Unknown setting 'student.encoder_settings.foo'"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(taught, drawn, tmp_path, fewmask, words, said):
@@ -130,6 +137,22 @@ def test_a_mistake_is_told_in_one_sentence(taught, drawn, tmp_path, fewmask, wor
     assert code == 1
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("losses", "fits"), [("{kd = {}}", True), ("{kd = {}, cwd = {}}", False), ("{mbf = {}}", True)]
+)
+def test_one_stored_answer_of_several_teachers_is_refused_where_they_are_averaged(
+    losses, fits, taught, drawn, tmp_path, fewmask
+):
+    other = shutil.copytree(taught, tmp_path / "other")
+    words = (
+        *STUDENT, f"data.root={drawn}", f"run.out={tmp_path / 'out'}", f'distill.teachers=["{taught}", "{other}"]',
+        "distill.predict_once=true", "distill.method.ensemble=mean_kl", f"distill.method.losses={losses}",
+    )  # fmt: skip
+    code, _, err = fewmask("distill", "tiny_unet", *words)
+    assert (code == 0) is fits, err
+    assert ("the loss 'cwd' is averaged over the teachers" in err) is not fits
 
 
 def test_a_teacher_whom_nothing_would_learn_from_is_told_before_it_is_trained(drawn, tmp_path, fewmask):
@@ -336,6 +359,10 @@ def test_a_stage_asks_about_no_more_images_than_its_time_allows(tmp_path, monkey
     assert replace(answers, levels=(1,)).affordable(others) == others
     stage.budget = None
     assert answers.affordable(others) == others
+    # From the first checkpoint on the images are those it began with, whatever time is given.
+    (stage.folder / "checkpoints" / "step_1").mkdir(parents=True)
+    for stage.budget in (20.0, None):
+        assert answers.affordable(others) == others
 
 
 def test_two_processes_ask_as_much_as_the_time_of_one_allows(taught, drawn, tmp_path):

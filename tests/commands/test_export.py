@@ -25,6 +25,7 @@ def test_a_run_becomes_one_file_that_predicts_as_the_run(tmp_path: Path, capsys:
     assert export(tmp_path, None, True) == 0
     facts = json.loads(capsys.readouterr().out)
     path = tmp_path / "model.onnx"
+    assert json.loads((tmp_path / "export.json").read_text()) == facts  # for the report
     assert facts["megabytes"] == pytest.approx(path.stat().st_size / 1e6)
     assert facts["num_parameters"] == sum(p.numel() for p in segmenter.parameters())
     assert len(facts["latency"]) == (len(IMAGES) + 1) * sum(number <= num_cores() for number in THREADS)
@@ -42,6 +43,7 @@ def test_what_a_reader_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert export(tmp_path, tmp_path / "small.onnx", False) == 0
     text = capsys.readouterr().out
     assert (tmp_path / "small.onnx").stat().st_size <= 500_000
+    assert not (tmp_path / "export.json").exists()  # the report tells of the run's own file
     assert "0.097 M parameters, network input 64x64" in text
     assert "0.005 GMac at 64x64, 0.081 at 256x256" in text
     assert re.search(r"^64x64 network alone, 1 thread: p50 [\d.]+ ms, p95 [\d.]+ ms$", text, re.MULTILINE)

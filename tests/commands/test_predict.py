@@ -160,6 +160,18 @@ def test_an_input_is_never_overwritten(model: Path, photos: Path, tmp_path: Path
     assert not (photos / "areas.csv").exists()
 
 
+def test_a_mask_that_somebody_drew_is_never_overwritten(model: Path, photos: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    assert predict(model, [str(photos / "a.png")], masks, False, None, False) == 0
+    drawn = Image.fromarray(np.eye(20, dtype=np.uint8) * 255)
+    (masks / "sub").mkdir()
+    drawn.save(masks / "sub" / "b.png")
+    before = {path: path.read_bytes() for path in masks.rglob("*.*")}
+    with pytest.raises(UserError, match=r"b\.png is there already, and 'fewmask predict' did not write it"):
+        predict(model, [str(photos)], masks, False, None, False)
+    assert {path: path.read_bytes() for path in masks.rglob("*.*")} == before
+
+
 def test_a_second_call_into_the_folder_gives_the_same(model: Path, photos: Path) -> None:
     out = photos / "masks"
     predict(model, [str(photos)], out, True, None, False)

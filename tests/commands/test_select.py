@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_a_finished_candidate_is_not_trained_again(selected, drawn, fewmask):
     assert before == {p: p.stat().st_mtime_ns for p in before}
     assert lost.exists()
     assert scores(selected) == old
+
+
+def test_a_candidate_knows_what_the_selection_has_learnt_from(selected, drawn, tmp_path, fewmask):
+    tasks = shutil.copytree(selected, tmp_path / "tasks")
+    candidate = tasks / "candidates" / "joint-rotation-0.3"
+    code, _, err = fewmask("evaluate", candidate, drawn, "--split", "all")
+    assert code == 1
+    assert "would score images this run was trained on" in err
+    code, out, err = fewmask("evaluate", candidate, drawn, "--json")
+    assert code == 0, err
+    num = sum(row["split"] == "test" for row in table(tasks / "cases.csv"))
+    assert json.loads(out)["test"]["num_cases"] == num > 0
 
 
 def test_killed_in_a_candidate_and_called_again_it_finishes_without_redoing_any(drawn, tmp_path):

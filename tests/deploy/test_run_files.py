@@ -56,6 +56,23 @@ def test_a_run_describes_itself_and_claims_nothing_it_does_not_know(tmp_path: Pa
     json.dumps(facts)
 
 
+def test_no_licence_is_claimed_for_a_given_teachers_weights_nor_for_a_folder_called_as_a_word(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "finetune").rename(run / "distill")
+    _, spec = load_model(find_segmenter(run))
+
+    def told(**config: object) -> tuple[str, str]:
+        (run / "run.json").write_text(json.dumps({"config": {"model": {"weights": "packaged"}, **config}}))
+        facts = describe_run(run, spec)
+        return facts["weights"], facts["weights_licence"]
+
+    own_teacher = told(student={"weights": "teacher"}, distill={"teachers": []})
+    assert own_teacher == ("packaged", "Apache-2.0")
+    given = told(student={"weights": "teacher"}, distill={"teachers": ["RUN"]})
+    assert given == ("teacher", "not recorded; ask the source")
+    assert told(student={"weights": "runs/packaged"}) == ("packaged", "not recorded; ask the source")
+
+
 def test_damaged_facts_are_a_sentence(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     _, spec = load_model(find_segmenter(run))

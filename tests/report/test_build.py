@@ -248,8 +248,11 @@ def test_runs_scored_on_different_images_are_called_incomparable(make_run: MakeR
 def test_a_paired_difference_is_shown_only_where_evaluate_wrote_one(make_run: MakeRun) -> None:
     first, second = make_run("first"), make_run("second", seed=3)
     assert "Paired difference" not in page_of(first, second).text
-    write(second / "compare.json", {"run": "runs/first", "difference": -0.0123, "low": -0.02, "high": 0.001})
+    found = {"run": "runs/first", "difference": -0.0123, "low": -0.02, "high": 0.001}
+    write(second / "compare.json", {"split": "test", **found})
     assert "−0.012 (−0.020 to +0.001) against first" in page_of(first, second).text
+    write(second / "compare.json", {"split": "ph2-all", **found})  # nothing to set beside the Dice of the test images
+    assert "against first" not in page_of(first, second).text
 
 
 def test_no_run_no_page(tmp_path: Path) -> None:
