@@ -28,6 +28,9 @@ from fewmask.models.average import AveragedObjective
 from fewmask.registry import build, check_type, choose
 from fewmask.types import Batch, SegOutput, UserError, Views
 
+# CWD's is its paper's. Ours: at weight 1 M2BF's error is four times the masks' loss at the end of a training, and costs
+# a student of a tenth of the masks 0.9 to 1.9 points; at 0.1 it costs nothing (benchmarks/2026-11-22-students.md).
+DEFAULT_WEIGHTS = {"cwd": 3.0, "mbf": 0.1, "m2bf": 0.1}
 KD_ALONE: Mapping[str, Mapping[str, Any]] = {"kd": {"weight": 1.0}}
 HEAT = (1.0, 0.2, 0.0)
 OPACITY = 0.6
@@ -40,7 +43,7 @@ class Distill(AveragedObjective):
 
     S is (1 - w) cross-entropy + w Dice, mean over the images with a mask. P is the same towards the teacher's decision
     ("hard") or probability ("soft"), over the images without one, each times its confidence. Each D of `losses` (name
-    -> its settings and its `weight`, 1 unless given; see `DISTILLERS`) compares the two networks on all images, those
+    -> its settings and its `weight`; see `DISTILLERS`, `DEFAULT_WEIGHTS`) compares the two networks on all images, those
     without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`). The teachers are
     asked only where somebody listens, and not where the batch brings what was stored of them: their prediction as a
     second channel of its mask and, where a D compares features, those of `stored_levels`.
@@ -184,9 +187,11 @@ def build_distillers(losses: Mapping[str, Mapping[str, Any]], student: Widths, t
 
 
 def weights_of(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the weight of each loss; a UserError where one is no number."""
+    """Return the weight of each loss, unless told that of `DEFAULT_WEIGHTS` or 1; a UserError where one is no number."""
     return {
-        name: check_type(float, settings.get("weight", 1.0), f"distill.method.losses.{name}.weight")
+        name: check_type(
+            float, settings.get("weight", DEFAULT_WEIGHTS.get(name, 1.0)), f"distill.method.losses.{name}.weight"
+        )
         for name, settings in losses.items()
     }
 
