@@ -43,7 +43,7 @@ class Distill(AveragedObjective):
 
     S is (1 - w) cross-entropy + w Dice, mean over the images with a mask. P is the same towards the teacher's decision
     ("hard") or probability ("soft"), over the images without one, each times its confidence. Each D of `losses` (name
-    -> its settings and its `weight`; see `DISTILLERS`, `DEFAULT_WEIGHTS`) compares the two networks on all images, those
+    -> its settings and its `weight`; see `DISTILLERS`, `DEFAULT_WEIGHTS`) compares both networks on all images, those
     without a mask weighted by confidence, with the teacher's prediction for a mask (see `supervise`). The teachers are
     asked only where somebody listens, and not where the batch brings what was stored of them: their prediction as a
     second channel of its mask and, where a D compares features, those of `stored_levels`.
@@ -187,7 +187,7 @@ def build_distillers(losses: Mapping[str, Mapping[str, Any]], student: Widths, t
 
 
 def weights_of(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the weight of each loss, unless told that of `DEFAULT_WEIGHTS` or 1; a UserError where one is no number."""
+    """Return each loss's weight, unless told that of `DEFAULT_WEIGHTS` or 1; a UserError where one is no number."""
     return {
         name: check_type(
             float, settings.get("weight", DEFAULT_WEIGHTS.get(name, 1.0)), f"distill.method.losses.{name}.weight"
