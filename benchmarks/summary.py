@@ -12,7 +12,8 @@ from typing import Any
 from fewmask.commands.page import picture
 
 HERE = Path(__file__).resolve().parent
-STUDENTS = ("teacher", "alone", "kd-sharp+pseudo", "m2bf", "m2bf+unlabelled")  # what `distill` does, and the paper's
+# What `distill` does, and the paper's, at weight 1 and at a tenth of it.
+STUDENTS = ("teacher", "alone", "kd-sharp+pseudo", "m2bf", "m2bf-light", "m2bf+unlabelled")
 PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
@@ -98,6 +99,7 @@ def continued() -> list[str]:
             masks = f"{100 * cell['fraction']:g} %"
             equal = set(cell.get("steps", []))
             length = f"{equal.pop()} steps" if len(equal) == 1 else found["finetune_time"]
+            length += ", plain script" if found.get("script_steps") else ""
             hd95 = f"{cell['hd95_256']['mean']:.1f}"
             told = [masks, arm, length, figure(cell["dice"]), difference, hd95, len(cell["seeds"])]
             lines.append(f"| {' | '.join(map(str, told))} |")
