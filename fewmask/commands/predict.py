@@ -43,8 +43,8 @@ def predict(model: Path, paths: list[str], out: Path, overlay: bool, threshold: 
 
     `paths` are files, folders (searched to the bottom) and glob patterns; a file below a folder keeps its sub-folder.
     `threshold` None takes the model's own. A file that cannot be read does not stop the others: it is named at the
-    end and the exit code is 1. Raises UserError where nothing is found, an answer would overwrite an input, or nothing
-    can be written (at once: the images after it would fare no better).
+    end and the exit code is 1. Raises UserError where nothing is found, an answer would overwrite an input or a mask
+    that this did not write, or nothing can be written (at once: the images after it would fare no better).
     """
     from fewmask.deploy.files import find_images
     from fewmask.deploy.open_model import open_model

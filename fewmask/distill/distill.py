@@ -28,8 +28,8 @@ from fewmask.models.average import AveragedObjective
 from fewmask.registry import build, check_type, choose
 from fewmask.types import Batch, SegOutput, UserError, Views
 
-# Ours: at weight 1 M2BF's error is four times the masks' loss at the end of a training, and costs
-# a student of a tenth of the masks 0.9 to 1.9 points; at 0.1 it costs nothing (benchmarks/2026-11-22-students.md).
+# Ours: at weight 1 M2BF's error outweighs the masks' loss, and costs a student of a tenth of the masks 0.9 to 1.9
+# points; at 0.1 no cost is proven (benchmarks/2026-11-22-students.md).
 DEFAULT_WEIGHTS = {"mbf": 0.1, "m2bf": 0.1}
 KD_ALONE: Mapping[str, Mapping[str, Any]] = {"kd": {"weight": 1.0}}
 HEAT = (1.0, 0.2, 0.0)

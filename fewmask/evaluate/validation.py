@@ -81,7 +81,7 @@ class Validation:
     def batches(self, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images float32 (b, 3, s, s), normalised, and masks float32 (b, 1, s, s) in [0, 1].
 
-        A small set is resized once and kept: beside a tiny network that is a quarter of its validation.
+        A small set is resized once and kept, and not anew after every epoch.
         """
         if self.kept is None:
             if 16 * len(self.indices) * self.size**2 > KEPT_BYTES:

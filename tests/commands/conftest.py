@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import subprocess
@@ -39,6 +40,14 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def drawn(tmp_path_factory):
     """Twelve images with masks and eight without, 64x80."""
     return make_dataset(tmp_path_factory.mktemp("drawn") / "data", 12, 8, size=(64, 80))
+
+
+def write_rows(path, rows):
+    """Write rows of text by column as a CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def finish_chain(tmp_path_factory, data, settings):

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fewmask as package
 from fewmask.data.synthetic import make_dataset
-from tests.commands.conftest import TINY, finish_chain
+from tests.commands.conftest import TINY, finish_chain, write_rows
 
 ALWAYS_SAVE = ("pretrain.checkpoint_seconds=0", "finetune.checkpoint_seconds=0")
 
@@ -77,11 +77,7 @@ def test_poisoned_test_masks_change_no_weight(data, tmp_path, fewmask, finished)
     manifest = data / "manifest.csv"
     splits = {Path(r["image"]).name: r["split"] for r in table(finished / "cases.csv")}
     rows = table(manifest)
-    with manifest.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({**row, "split": splits[Path(row["image"]).name]})
+    write_rows(manifest, [{**row, "split": splits[Path(row["image"]).name]} for row in rows])
     assert fewmask("run", data, "--out", tmp_path / "clean", *TINY)[0] == 0
     for row in test:
         path = data / "masks" / Path(row["mask"]).name
@@ -231,10 +227,7 @@ def test_a_labelled_copy_of_a_test_image_is_kept_out_of_pretraining(data, tmp_pa
     first, copied = labelled[0], labelled[2]
     with Image.open(data / copied["image"]) as picture:
         picture.save(data / first["image"], quality=70)
-    with (data / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(data / "manifest.csv", rows)
     assert fewmask("run", data, "--out", tmp_path / "run", *TINY)[0] == 0
     pre, fine = (json.loads((tmp_path / "run" / s / "stage.json").read_text()) for s in ("pretrain", "finetune"))
     uses = [row["use"] for row in table(tmp_path / "run" / "cases.csv")]
@@ -274,10 +267,7 @@ def test_a_public_image_learnt_from_is_known_by_its_name_when_it_was_saved_anew(
     trained = next(row for row in rows if row["use"] == "labelled")
     image, mask = data / "images" / Path(trained["image"]).name, data / "masks" / Path(trained["mask"]).name
     trained["image"] = f"elsewhere/{name}.png"
-    with (run / "cases.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(run / "cases.csv", rows)
     other = make_dataset(tmp_path / "other", 5, 0, size=(64, 80), seed=9)
     (other / "manifest.csv").unlink()
     Image.open(image).save(other / "images" / f"{name}_small.jpg", quality=50)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from fewmask.engine.run import Run
 from fewmask.engine.stage import Stage
 from fewmask.models.storage import read_model_file, write_model_file
 from fewmask.types import UserError
-from tests.commands.conftest import DISTILLING, finish_chain
+from tests.commands.conftest import DISTILLING, finish_chain, write_rows
 from tests.commands.test_chain import table
 
 STUDENT = (
@@ -251,10 +250,7 @@ def test_a_model_that_learnt_from_a_test_image_is_refused(taught, data, tmp_path
     rows = table(data / "manifest.csv")
     for row in rows:
         row["split"] = "test" if row["group"] == moved else used[Path(row["image"]).name]["split"]
-    with (data / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(data / "manifest.csv", rows)
     *verb, setting = words
     code, _, err = fewmask(
         *verb, f"data.root={data}", f"run.out={tmp_path / 'out'}", "model.size=32", setting.format(taught)

@@ -28,6 +28,7 @@ from fewmask.data.synthetic import make_dataset
 from fewmask.engine.fit import resolve_precision
 from fewmask.engine.run import Run
 from fewmask.types import UserError
+from tests.commands.conftest import write_rows
 
 GRID = ('grid.rows=["random", "mae"]', "grid.seeds=2", "run.device=cpu")
 TWO = (*GRID, "grid.fractions=[0.5, 1.0]")
@@ -142,10 +143,7 @@ def test_a_public_image_that_was_saved_anew_is_not_unseen(split_data, tmp_path):
                 path = Path(row[kind])
                 row[kind] = str(path.with_name(f"ISIC_{number:07}{path.suffix}"))
                 (data / path).rename(data / row[kind])
-    with (data / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(data / "manifest.csv", rows)
     other = make_dataset(tmp_path / "other", 2, 0, size=(64, 80), seed=5)
     (other / "manifest.csv").unlink()
     masked = [row for row in rows if row["mask"]]
@@ -247,10 +245,7 @@ def test_a_cell_that_another_process_is_busy_with_comes_last(finished, split_dat
 def test_supervised_without_labels_is_told_and_not_run(split_data, tmp_path):
     data = shutil.copytree(split_data, tmp_path / "data")
     rows = _manifest(data)
-    with (data / "manifest.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [key for key in rows[0] if key != "label"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(data / "manifest.csv", [{key: row[key] for key in row if key != "label"} for row in rows])
     assert reproduce("g2ll-table1", data, None, "smoke", (), None, tmp_path / "out", ('grid.rows=["supervised"]',)) == 0
     assert "column 'label'" in table(tmp_path / "out")["not_run"]["supervised"]
     assert "| supervised | not run: " in (tmp_path / "out" / "table.md").read_text()

@@ -374,6 +374,6 @@ def test_the_teacher_is_asked_only_where_somebody_listens(monkeypatch, has_mask,
 
 
 @pytest.mark.parametrize(("name", "weight"), [("kd", 1.0), ("cwd", 1.0), ("mbf", 0.1), ("m2bf", 0.1)])
-def test_a_loss_weighs_what_was_measured_unless_told(name, weight):
+def test_losses_around_the_boundary_weigh_a_tenth_unless_told(name, weight):
     assert make(losses={name: {}}).weights == {name: weight}
     assert make(losses={name: {"weight": 0.7}}).weights == {name: 0.7}

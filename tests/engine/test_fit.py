@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from fewmask.config import RunSection, StageSection
+from fewmask.config import RunSection
 from fewmask.engine.checkpoint import checkpoints
 from fewmask.engine.fit import accelerator_for, synchronise_norms
-from fewmask.engine.optim import build_optimiser, learning_rate
-from fewmask.engine.run import Run, versions
 from fewmask.engine.stage import CLOCKS
 from fewmask.models import build_encoder
 from fewmask.types import Interrupted, UserError
@@ -245,155 +240,11 @@ def test_two_seeds_differ_and_one_seed_repeats(tmp_path):
     assert not torch.equal(results[0]["net.0.weight"], results[2]["net.0.weight"])
 
 
-def test_other_settings_in_the_same_folder_are_refused(tmp_path):
-    train(tmp_path, epochs=1)
-    with pytest.raises(UserError, match=r"holds a run with stage.epochs=1, and you asked for 2"):
-        train(tmp_path, epochs=2)
-
-
-def enter(folder, begun=(), **sections):
-    """Enter a run of a chain whose sections have these rates, the stages `begun` having left a checkpoint."""
-    rates = {"model": 0, "pretrain": 0, "finetune": 0, "student": 0, "distill": 0} | sections
-    with Run(folder, "run", {name: {"lr": rate} for name, rate in rates.items()}):
-        for stage in begun:
-            (folder / stage / "checkpoints" / "step_1").mkdir(parents=True)
-
-
-@pytest.mark.parametrize(
-    ("begun", "section", "free"),
-    [
-        ((), "model", True),
-        (("pretrain",), "model", False),
-        (("pretrain",), "pretrain", False),
-        (("pretrain",), "finetune", True),
-        (("pretrain",), "student", True),
-        (("finetune",), "pretrain", False),  # it was left out, and what was learnt since began without it
-        (("finetune",), "distill", True),
-        (("finetune", "distill"), "distill", False),
-        (("finetune", "distill"), "student", False),
-        (("select",), "pretrain", False),  # its candidates were trained as these sections say
-        (("select",), "finetune", False),
-        (("ensemble",), "finetune", False),
-    ],
-)
-def test_settings_of_a_stage_ahead_may_be_mended(tmp_path, begun, section, free):
-    enter(tmp_path, begun)
-    if not free:
-        with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=0, and you asked for 1"):
-            enter(tmp_path, **{section: 1})
-        return
-    enter(tmp_path, **{section: 1})
-    (tmp_path / "metrics.json").touch()  # figures that the new settings would not change
-    if begun:
-        with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=1, and you asked for 2"):
-            enter(tmp_path, **{section: 2})
-
-
-def begun_run(folder, config, **facts):
-    """Leave a run of these settings that has learnt something; return what run.json then holds."""
-    with Run(folder, "distill", config) as run:
-        (folder / "distill" / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
-        run.info.update(facts)
-    return json.loads((folder / "run.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("then", "now", "named"),
-    [
-        ({"distill": {"unlabelled": True}}, {"distill": {"unlabelled": False}}, r"distill\.unlabelled=True"),
-        ({"model": {"encoder_settings": {}}}, {"model": {"encoder_settings": {"drop_path": 0.3}}}, "drop_path=None"),
-        ({"run": {"precision": "bf16"}}, {"run": {"precision": "fp32"}}, r"run\.precision=bf16"),
-    ],
-)
-def test_a_setting_that_changes_the_result_is_compared_wherever_it_stands(tmp_path, then, now, named):
-    before = begun_run(tmp_path, then)
-    with pytest.raises(UserError, match=named):
-        begun_run(tmp_path, now)
-    assert json.loads((tmp_path / "run.json").read_text()) == before
-
-
-@pytest.mark.parametrize(
-    ("then", "now"),
-    [
-        ({"data": {"unlabelled": ["a"]}}, {"data": {"unlabelled": ["b"]}}),  # compared by content
-        ({"run": {"time": "5m"}}, {"run": {"time": "9m"}}),
-        ({"distill": {"checkpoint_seconds": 1}}, {"distill": {"checkpoint_seconds": 2}}),
-        ({"distill": {"epochs": 1}}, {"distill": {"epochs": 1, "new": 2}}),  # an older version had no such setting
-        ({"run": {"precision": "auto"}}, {"run": {"precision": "bf16"}}),
-    ],
-)
-def test_a_setting_that_changes_no_result_may_differ(tmp_path, then, now):
-    begun_run(tmp_path, then)
-    assert begun_run(tmp_path, now)["config"] == now
-
-
-def test_a_finished_run_stays_what_made_it_and_an_unfinished_one_says_who_went_on(tmp_path):
-    begun_run(tmp_path, {}, git="old", versions={"torch": "1"}, command="fewmask distill old")
-    again = begun_run(tmp_path, {})
-    assert (again["git"], again["versions"], again["command"]) == ("old", {"torch": "1"}, "fewmask distill old")
-    (tmp_path / "run.json").write_text(json.dumps({**again, "status": "interrupted"}))
-    gone_on = begun_run(tmp_path, {})
-    assert gone_on["versions"] == versions()
-    assert gone_on["command"] != "fewmask distill old"
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with Run(tmp_path, "test", {}), pytest.raises(UserError, match="Another run works in"):
-        train(tmp_path)
-
-
 def test_a_missing_device_is_a_sentence(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(UserError, match=r"run\.device=cuda was asked for"):
         accelerator_for(RunSection(device="cuda"))
-
-
-@given(st.floats(0, 1), st.floats(0, 0.9), st.floats(0, 1))
-def test_the_rate_stays_between_its_ends_and_peaks_after_warm_up(progress, warmup, floor):
-    settings = StageSection(method={"name": "x"}, lr=1.0, min_lr=floor, warmup=warmup)
-    rate = learning_rate(progress, settings)
-    assert 0 < rate <= 1.0 + 1e-9 or (floor == 0 and rate == pytest.approx(0, abs=1e-12))
-    assert learning_rate(warmup, settings) == pytest.approx(1.0)
-    assert learning_rate(1.0, settings) == pytest.approx(floor if warmup < 1 else 1.0)
-
-
-def test_cosine_is_half_way_at_half_time():
-    settings = StageSection(method={"name": "x"}, lr=2.0, min_lr=1.0, warmup=0.0)
-    assert learning_rate(0.5, settings) == pytest.approx(1.5)
-    assert learning_rate(0.25, settings) == pytest.approx(1 + 0.5 * (1 + math.cos(math.pi / 4)))
-
-
-def test_vectors_do_not_decay_and_every_parameter_is_in_one_group():
-    objective = TinyObjective()
-    optimiser = build_optimiser(objective, StageSection(method={"name": "x"}, weight_decay=0.1))
-    for group in optimiser.param_groups:
-        for parameter in group["params"]:
-            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
-    listed = [id(p) for group in optimiser.param_groups for p in group["params"]]
-    assert sorted(listed) == sorted(id(p) for p in objective.parameters())
-
-
-def test_layer_decay_follows_depth():
-    model = torch.nn.ModuleDict(
-        {
-            "encoder": torch.nn.ModuleDict(
-                {"patch_embed": torch.nn.Linear(2, 2), "blocks": torch.nn.ModuleList([torch.nn.Linear(2, 2)] * 3)}
-            ),
-            "head": torch.nn.Linear(2, 2),
-        }
-    )
-    model["encoder"]["blocks"] = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
-    settings = StageSection(method={"name": "x"}, layer_decay=0.5, encoder_lr_scale=0.8)
-    scales = {}
-    for group in build_optimiser(model, settings).param_groups:
-        for parameter in group["params"]:
-            name = next(n for n, p in model.named_parameters() if p is parameter)
-            scales[name] = group["lr_scale"]
-    assert scales["head.weight"] == 1.0
-    assert scales["encoder.blocks.2.weight"] == pytest.approx(0.8 * 0.5)
-    assert scales["encoder.blocks.0.weight"] == pytest.approx(0.8 * 0.5**3)
-    assert scales["encoder.patch_embed.weight"] == pytest.approx(0.8 * 0.5**4)
 
 
 def test_batches_are_what_the_log_counts(tmp_path):
@@ -465,8 +316,3 @@ def test_norms_are_synchronised_with_their_values_names_and_fused_activations():
     assert plain == synchronised > 20
     assert_equal(before, state(model))
     assert all(map(torch.equal, expected, encoder(image)))
-
-
-def test_layer_decay_without_blocks_is_refused():
-    with pytest.raises(UserError, match="layer_decay needs an encoder made of blocks"):
-        build_optimiser(TinyObjective(), StageSection(method={"name": "x"}, layer_decay=0.5))

@@ -1,0 +1,108 @@
+"""A run folder: which settings may differ on resume, who made it, one process at a time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fewmask.engine.run import Run, versions
+from fewmask.types import UserError
+from tests.engine.tiny import train
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    with pytest.raises(UserError, match=r"holds a run with stage.epochs=1, and you asked for 2"):
+        train(tmp_path, epochs=2)
+
+
+def enter(folder, begun=(), **sections):
+    """Enter a run of a chain whose sections have these rates, the stages `begun` having left a checkpoint."""
+    rates = {"model": 0, "pretrain": 0, "finetune": 0, "student": 0, "distill": 0} | sections
+    with Run(folder, "run", {name: {"lr": rate} for name, rate in rates.items()}):
+        for stage in begun:
+            (folder / stage / "checkpoints" / "step_1").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("begun", "section", "free"),
+    [
+        ((), "model", True),
+        (("pretrain",), "model", False),
+        (("pretrain",), "pretrain", False),
+        (("pretrain",), "finetune", True),
+        (("pretrain",), "student", True),
+        (("finetune",), "pretrain", False),  # it was left out, and what was learnt since began without it
+        (("finetune",), "distill", True),
+        (("finetune", "distill"), "distill", False),
+        (("finetune", "distill"), "student", False),
+        (("select",), "pretrain", False),  # its candidates were trained as these sections say
+        (("select",), "finetune", False),
+        (("ensemble",), "finetune", False),
+    ],
+)
+def test_settings_of_a_stage_ahead_may_be_mended(tmp_path, begun, section, free):
+    enter(tmp_path, begun)
+    if not free:
+        with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=0, and you asked for 1"):
+            enter(tmp_path, **{section: 1})
+        return
+    enter(tmp_path, **{section: 1})
+    (tmp_path / "metrics.json").touch()  # figures that the new settings would not change
+    if begun:
+        with pytest.raises(UserError, match=rf"holds a run with {section}\.lr=1, and you asked for 2"):
+            enter(tmp_path, **{section: 2})
+
+
+def begun_run(folder, config, **facts):
+    """Leave a run of these settings that has learnt something; return what run.json then holds."""
+    with Run(folder, "distill", config) as run:
+        (folder / "distill" / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
+        run.info.update(facts)
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "named"),
+    [
+        ({"distill": {"unlabelled": True}}, {"distill": {"unlabelled": False}}, r"distill\.unlabelled=True"),
+        ({"model": {"encoder_settings": {}}}, {"model": {"encoder_settings": {"drop_path": 0.3}}}, "drop_path=None"),
+        ({"run": {"precision": "bf16"}}, {"run": {"precision": "fp32"}}, r"run\.precision=bf16"),
+    ],
+)
+def test_a_setting_that_changes_the_result_is_compared_wherever_it_stands(tmp_path, then, now, named):
+    before = begun_run(tmp_path, then)
+    with pytest.raises(UserError, match=named):
+        begun_run(tmp_path, now)
+    assert json.loads((tmp_path / "run.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"data": {"unlabelled": ["a"]}}, {"data": {"unlabelled": ["b"]}}),  # compared by content
+        ({"run": {"time": "5m"}}, {"run": {"time": "9m"}}),
+        ({"distill": {"checkpoint_seconds": 1}}, {"distill": {"checkpoint_seconds": 2}}),
+        ({"distill": {"epochs": 1}}, {"distill": {"epochs": 1, "new": 2}}),  # an older version had no such setting
+        ({"run": {"precision": "auto"}}, {"run": {"precision": "bf16"}}),
+    ],
+)
+def test_a_setting_that_changes_no_result_may_differ(tmp_path, then, now):
+    begun_run(tmp_path, then)
+    assert begun_run(tmp_path, now)["config"] == now
+
+
+def test_a_finished_run_stays_what_made_it_and_an_unfinished_one_says_who_went_on(tmp_path):
+    begun_run(tmp_path, {}, git="old", versions={"torch": "1"}, command="fewmask distill old")
+    again = begun_run(tmp_path, {})
+    assert (again["git"], again["versions"], again["command"]) == ("old", {"torch": "1"}, "fewmask distill old")
+    (tmp_path / "run.json").write_text(json.dumps({**again, "status": "interrupted"}))
+    gone_on = begun_run(tmp_path, {})
+    assert gone_on["versions"] == versions()
+    assert gone_on["command"] != "fewmask distill old"
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with Run(tmp_path, "test", {}), pytest.raises(UserError, match="Another run works in"):
+        train(tmp_path)
