@@ -67,12 +67,13 @@ def run(
 def chain(recipe: Recipe, out: Path) -> None:
     """Run every stage of a recipe into a folder, resuming at the one where it stopped."""
     configure_torch(recipe)
-    objective_for("finetune", recipe, "none")  # a mistyped setting is told now and not after hours of pre-training
+    # A mistyped setting is told now and not after hours of pre-training.
+    stand_in = objective_for("finetune", recipe, "none").product()
     if recipe.pretrain is not None and recipe.pretrain.epochs:
         objective_for("pretrain", recipe, "none", num_classes=2)
     distils = recipe.distill is not None and recipe.distill.epochs > 0
     if distils:
-        check_before_training(recipe)
+        check_before_training(recipe, stand_in)
     if recipe.run.clock == "cpu" and recipe.run.time != "none":
         raise UserError(
             "run.clock=cpu is for one stage alone, and a chain shares out wall time; leave one of them out."

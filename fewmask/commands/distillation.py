@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from fewmask.commands.predictions import Answers
 from fewmask.commands.prepare import Prepared
@@ -24,7 +25,7 @@ from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import Row, read_case_csv
 from fewmask.evaluate.score import compare
 from fewmask.evaluate.validation import Validation
-from fewmask.models import Segmenter, build_encoder, build_segmenter, load_model
+from fewmask.models import Segmenter, load_model
 from fewmask.registry import check_type
 from fewmask.types import UserError
 
@@ -122,8 +123,11 @@ def check_stored_answers(objective: Distill) -> None:
         )
 
 
-def check_before_training(recipe: Recipe) -> None:
-    """Raise now what a chain's distillation would raise after hours of training its teacher."""
+def check_before_training(recipe: Recipe, stand_in: nn.Module) -> None:
+    """Raise now what a chain's distillation would raise after hours of training its teacher.
+
+    `stand_in` is a segmenter as the teacher will be.
+    """
     section, student, model = recipe.distill, recipe.student, recipe.model
     assert section is not None
     predicts_once(section)
@@ -135,8 +139,6 @@ def check_before_training(recipe: Recipe) -> None:
             f"'{student.encoder}' and the teacher's '{model.encoder}': set student.encoder={model.encoder}, or "
             "student.weights to packaged or none."
         )
-    encoder = build_encoder(model.encoder, "none", size=model.size, **model.encoder_settings)
-    stand_in = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
     objective_for("distill", recipe, "none", teachers=[stand_in])
 
 

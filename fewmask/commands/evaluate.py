@@ -36,7 +36,6 @@ def evaluate(
     """Score the run on a split of a data folder; writes metrics.json, a CSV of cases and pictures into the run."""
     if split not in CHOICES:
         raise UserError(f"There is no split '{split}'; choose one of: {', '.join(CHOICES)}.")
-    find_segmenter(run)
     cases, key = _cases(run, data, manifest, split)
     others = read_case_csv(against / f"cases_{key}.csv") if against is not None else None
     summary = evaluate_cases(run, cases, key, place=None if key in USE_OF else place_of(data))

@@ -21,6 +21,7 @@ import numpy as np
 from fewmask.data.contents import content_hashes
 from fewmask.data.preprocess import resize_image, resize_mask
 from fewmask.data.reading import read_image, read_mask
+from fewmask.disk import flush
 from fewmask.types import Case, UserError
 
 VERSION = 2
@@ -137,17 +138,12 @@ def _build(
         meta = {"version": VERSION, "side": side, "num_images": len(cases), "names": [case.name for case in cases]}
         (building / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         for array in building.glob("*.npy"):
-            _flush(array)
+            with array.open("rb+") as file:  # after a crash its length would be right and its rows zero
+                flush(file)
         building.chmod(0o755)  # a temporary folder is its maker's alone, a cache may be shared
         _publish(building, entry)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Force a file to the disk: after a crash its length would be right and its rows zero, which no check sees."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _publish(building: Path, entry: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fewmask.data.cache import CachedDataset, num_cores
+from fewmask.disk import flush
 from fewmask.types import UserError
 
 # torch is not imported here: each worker process imports this module, and would pay seconds for it.
@@ -145,8 +146,7 @@ def _build(
                 os.utime(temporary)
                 if on_progress is not None:
                     on_progress(done, shape[0])
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     finally:

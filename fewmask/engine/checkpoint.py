@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fewmask.disk import flush
 from fewmask.engine.run import is_main
 from fewmask.types import UserError
 
@@ -51,7 +52,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
     try:
         save_file(owned, temporary, metadata=header)
         with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
+            flush(handle)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):

@@ -17,24 +17,25 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from fewmask.disk import flush
 from fewmask.types import FolderInUseError, Interrupted, UserError
 
 PACKAGES = ("fewmask", "torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "numpy", "pillow")
+_STAGES = ("pretrain", "finetune", "distill")
 # Settings that may differ when a run is resumed: they change no result, or (the data) are checked by content.
 _FREE = {
     "run": ("time", "tensorboard", "out"),
     "data": ("root", "unlabelled", "cache", "licence"),
-    "": ("checkpoint_seconds", "probe_every"),  # of any stage
+    **dict.fromkeys(_STAGES, ("checkpoint_seconds", "probe_every")),
 }
 _MADE_BY = ("command", "versions", "git", "threads")  # of a finished run these stay those that made it
 
 _LEARNT = ("*/checkpoints/step_*", "*/stage.json")
-_STAGES = ("pretrain", "finetune", "distill")
 _READ_BY = {**{name: name for name in _STAGES}, "student": "distill"}  # sections that one stage alone reads
 
 
@@ -50,21 +51,6 @@ def seed_step(seed: int, step: int, stream: int = 0) -> None:
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
-
-
-def flush(file: IO[Any]) -> None:
-    """Force an open file to the disk: renamed without it, a file can be empty after a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk, before something that they replace is deleted."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -133,7 +119,7 @@ class Run:
             old, begun = self._old(), self._begun()
             self._check_same(old if begun else {}, begun)  # before anything was learnt, settings may be mended
             finished = bool(begun) and old.get("status") == "done" and old.get("verb") == self.verb
-            facts = {key: value for key, value in self._facts().items() if not (finished and key in _MADE_BY)}
+            facts = {key: value for key, value in self._facts(old).items() if not (finished and key in _MADE_BY)}
             self.info: dict[str, Any] = {**old, **facts, "status": "running"}
             self.save()
         except BaseException:
@@ -194,7 +180,7 @@ class Run:
         if self.stop_requested:
             raise Interrupted
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, old: dict[str, Any]) -> dict[str, Any]:
         return {
             "verb": self.verb,
             "command": shlex.join(["fewmask", *sys.argv[1:]]),
@@ -202,8 +188,8 @@ class Run:
             "versions": versions(),
             "git": git_commit(),
             "threads": torch.get_num_threads(),
-            "started": self._old().get("started", _now()),
-            "seconds_before": self._old().get("seconds", 0.0),
+            "started": old.get("started", _now()),
+            "seconds_before": old.get("seconds", 0.0),
         }
 
     def _old(self) -> dict[str, Any]:
@@ -222,7 +208,7 @@ class Run:
             then, now = _flat(section), _flat(self.config[name])
             # A setting that an older version did not have yet had no other value.
             keys = [key for key in sorted({*then, *now}) if section is not None and key.split(".")[0] in section]
-            free = (*_FREE.get(name, ()), *_FREE[""])
+            free = _FREE.get(name, ())
             if name == "run" and then.get("precision") == "auto":  # older tables did not settle it
                 free = (*free, "precision")
             changed = [key for key in keys if key not in free and then.get(key) != now.get(key)]

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fewmask.disk import flush
 from fewmask.types import UserError
 
 HEADER_KEY = "fewmask"
@@ -33,8 +34,7 @@ def write_model_file(path: Path, spec: dict[str, Any], tensors: dict[str, Tensor
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:

@@ -125,7 +125,7 @@ def train(
         warmup=0.0, min_epoch_steps=1, checkpoint_seconds=1e9, optimiser=optimiser,
     )  # fmt: skip
     section = RunSection(device="cpu", precision="fp32")
-    config = {"run": section.model_dump(mode="json"), "stage": settings.model_dump(mode="json")}
+    config = {"run": section.model_dump(mode="json"), "pretrain": settings.model_dump(mode="json")}
     with Run(folder, "test", config) as run:
         _, facts = fit(objective, stream or Pictures(), settings, Stage(run, "pretrain"), section)
     return facts

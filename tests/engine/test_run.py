@@ -13,7 +13,7 @@ from tests.engine.tiny import train
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     train(tmp_path, epochs=1)
-    with pytest.raises(UserError, match=r"holds a run with stage.epochs=1, and you asked for 2"):
+    with pytest.raises(UserError, match=r"holds a run with pretrain.epochs=1, and you asked for 2"):
         train(tmp_path, epochs=2)
 
 

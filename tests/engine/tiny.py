@@ -77,7 +77,7 @@ def train(
     torch.manual_seed(seed)
     made = objective()
     with Run(
-        folder, "test", {"run": section.model_dump(mode="json"), "stage": settings.model_dump(mode="json")}
+        folder, "test", {"run": section.model_dump(mode="json"), "pretrain": settings.model_dump(mode="json")}
     ) as run:
         stage = Stage(run, "pretrain", budget)
         product, facts = fit(made, stream or TinyStream(), settings, stage, section, validate, watch)
