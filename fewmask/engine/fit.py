@@ -104,7 +104,8 @@ def resolve_precision(settings: RunSection) -> str:
     if settings.precision != "auto":
         return settings.precision
     if settings.device != "cpu" and torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Asked without this, torch says yes of a T4 too, which emulates bf16 and is fast in fp16.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     on_cpu = settings.device == "cpu" or not torch.backends.mps.is_available()
     return "bf16" if on_cpu and _multiplies_bf16() else "fp32"
 
@@ -143,6 +144,7 @@ class Fit:
         optimiser = build_optimiser(objective, settings)
         compiled = torch.compile(objective) if run.compile else objective
         self.model, self.optimiser = self.accelerator.prepare(compiled, optimiser)
+        self.scaler = self.accelerator.scaler  # of fp16's loss; None in any other precision
         self.state = State()
         self.total_steps = settings.epochs * loader.steps_per_epoch
         self.best: dict[str, Tensor] = {}
@@ -221,7 +223,8 @@ class Fit:
                 write_tensors(self.best_path(self.state.best_step), self.best, {"step": str(self.state.best_step)})
             save_checkpoint(
                 folder, self.state.step, self.objective, self.raw_optimiser,
-                {**asdict(self.state), "budget": self.stage.budget, "config": self.stage.run.config,
+                {**asdict(self.state), "scaler": self.scaler and self.scaler.state_dict(),
+                 "budget": self.stage.budget, "config": self.stage.run.config,
                  "data": self.stage.run.info.get("data"), "git": self.stage.run.info.get("git")},
             )  # fmt: skip
             wanted = {self.best_path(self.state.best_step), self.best_path(self.saved_best)}
@@ -241,6 +244,8 @@ class Fit:
             return
         saved = header["state"]
         self.state = State(**{name: saved[name] for name in asdict(self.state)})
+        if self.scaler and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
         self.saved_best = self.state.best_step
         self.stage.seconds_before = self.state.seconds
         if saved["config"].get("run", {}).get("time") == self.run.time:

@@ -6,13 +6,15 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fewmask.config import RunSection
+from fewmask.engine import fit
 from fewmask.engine.checkpoint import checkpoints
-from fewmask.engine.fit import accelerator_for, synchronise_norms
+from fewmask.engine.fit import accelerator_for, resolve_precision, synchronise_norms
 from fewmask.engine.stage import CLOCKS
 from fewmask.models import build_encoder
 from fewmask.types import Interrupted, UserError
@@ -245,6 +247,32 @@ def test_a_missing_device_is_a_sentence(tmp_path):
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(UserError, match=r"run\.device=cuda was asked for"):
         accelerator_for(RunSection(device="cuda"))
+
+
+def test_precision_auto_is_bf16_only_where_a_gpu_multiplies_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for major, expected in ((7, "fp16"), (8, "bf16")):  # a T4 is 7.5 and emulates bf16, an A100 is 8.0
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
+        assert resolve_precision(RunSection()) == expected
+
+
+def test_a_resumed_training_goes_on_with_its_loss_scale(tmp_path, monkeypatch):
+    scalers = []
+
+    def scaled(settings):
+        accelerator = accelerator_for(settings)
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3))
+        accelerator.scaler = scalers[-1]
+        return accelerator
+
+    monkeypatch.setattr(fit, "accelerator_for", scaled)
+    _, _, whole = train(tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        train(tmp_path / "killed", stream=DiesAt(7))
+    _, _, resumed = train(tmp_path / "killed")
+    assert [scaler.get_scale() for scaler in scalers] == [64.0, 16.0, 64.0]  # doubled after each third step
+    assert_equal(state(whole), state(resumed))
 
 
 def test_batches_are_what_the_log_counts(tmp_path):
