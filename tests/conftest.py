@@ -1,6 +1,7 @@
 """One thread: these networks are tiny, and threads that wait for one another cost more than they bring.
 
-No deadline for hypothesis: a busy machine is no fault of the code.
+No deadline for hypothesis: a busy machine is no fault of the code. Its examples are the same at each run, so that a
+change is what makes a test fail; `pytest --hypothesis-profile explore` tries others, and more of them.
 """
 
 from __future__ import annotations
@@ -12,5 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 
-settings.register_profile("fewmask", deadline=None)
+settings.register_profile("fewmask", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("fewmask")

@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 440, 256
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 30, 40
 MAX_POINTS = 240
 MAX_HOVERS = 60
+SMALLEST = 1e-300  # of what an axis of powers of ten can hold: half of the smallest number is zero
 
 Point = tuple[float, float]
 Interval = tuple[float, float, float]
@@ -93,7 +94,7 @@ def _scientific(value: float) -> str:
 def span(values: Sequence[float], label: str, *, log: bool = False) -> Axis:
     """Return an axis that holds all values with a little air around them."""
     low, high = min(values), max(values)
-    if log and low > 0:
+    if log and low > SMALLEST:
         low, high = (low / 1.1, high * 1.1) if low < high else (low / 2, high * 2)
         return Axis(low, high, label, log=True)
     air = 0.06 * (high - low) or max(abs(high) * 0.1, 1e-6)

@@ -7,7 +7,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fewmask.report.plot import (
@@ -61,6 +61,7 @@ def test_texts_of_an_axis_share_their_form(ticks: list[float], texts: list[str])
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20), st.booleans())
+@example([5e-324], True)  # half of it is zero
 def test_an_axis_holds_its_values_even_if_they_are_all_the_same(values: list[float], log: bool) -> None:
     axis = span(values, "x", log=log)
     assert axis.low < axis.high
