@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from fewmask.config import RunSection, StageSection
 from fewmask.engine.checkpoint import restore_newest, save_checkpoint, write_tensors
 from fewmask.engine.optim import build_optimiser, learning_rate, set_learning_rate
-from fewmask.engine.run import is_main, seed_step
+from fewmask.engine.run import is_main, leave_group_at_exit, seed_step
 from fewmask.engine.stage import Progress, Stage
 from fewmask.objective import Objective
 from fewmask.types import Batch, Interrupted, UserError
@@ -89,10 +89,10 @@ def accelerator_for(settings: RunSection) -> Accelerator:
     precision = resolve_precision(settings)
     if precision == "fp16" and (settings.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("run.precision=fp16 needs a CUDA device; use bf16, fp32 or auto.")
-    return Accelerator(
-        cpu=settings.device == "cpu",
-        mixed_precision="no" if precision == "fp32" else precision,
-    )
+    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    if accelerator.num_processes > 1:
+        leave_group_at_exit()
+    return accelerator
 
 
 def resolve_precision(settings: RunSection) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -268,6 +269,21 @@ def wait_for_everyone() -> None:
     """Wait until every process has come here, so that what the main one wrote is there for all."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def leave_group_at_exit() -> None:
+    """See to it that this process leaves the others' group before its interpreter ends.
+
+    Gloo's threads may hold tensors for longer than the interpreter lives, and then abort a process that has done all
+    its work (pytorch pull request 179291). NCCL is left alone: there, leaving waits for the others.
+    """
+    atexit.unregister(_leave_group)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -292,6 +292,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert (one["processes"], two["processes"]) == (1, 2)
     for name, value in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], value, rtol=1e-5, atol=1e-6)
+    ends = [(tmp_path / "two" / f"end_{rank}.txt").read_text() for rank in (0, 1)]
+    assert ends == ["on its own"] * 2  # else gloo may abort a process at its end
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path):

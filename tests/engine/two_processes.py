@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from pathlib import Path
 
@@ -23,8 +25,15 @@ class Deterministic(TinyObjective):
         return lambda batch: Batch(batch.image, batch.names)
 
 
+def note_end(folder: Path) -> None:
+    """Write down, as the last thing done, whether the group of processes still was there."""
+    rank = os.environ.get("RANK", "0")
+    (folder / f"end_{rank}.txt").write_text("in the group" if torch.distributed.is_initialized() else "on its own")
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    atexit.register(note_end, folder)
     _, facts, objective = train(folder, objective=Deterministic, precision="fp32")
     if is_main():
         torch.save({"weights": objective.net.state_dict(), "processes": facts["num_processes"]}, folder / "result.pt")
