@@ -8,6 +8,7 @@ from fewmask.auxiliary import AUXILIARY
 from fewmask.objective import Objective
 from fewmask.pretrain.auxiliary import pretrainer
 from fewmask.pretrain.dino import DINO
+from fewmask.pretrain.figure import Figure
 from fewmask.pretrain.g2ll import G2LL
 from fewmask.pretrain.mae import MAE
 from fewmask.pretrain.simmim import SimMIM
@@ -16,6 +17,7 @@ from fewmask.pretrain.tedmae import TEDMAE
 
 PRETRAINERS: dict[str, Callable[..., Objective]] = {
     "dino": DINO,
+    "figure": Figure,
     "g2ll": G2LL,
     "mae": MAE,
     "simmim": SimMIM,

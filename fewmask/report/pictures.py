@@ -27,12 +27,14 @@ STRIPS: dict[str, dict[int, tuple[str, ...]]] = {
     },
     "conversion": {5: ("Image", "Converted", "Again", "Again", "Again")},
     "crops": {2: ("First crop", "Second crop")},
+    "figure": {3: ("Image", "Found", "Predicted")},
     "teacher_and_student": {3: ("Image", "Teacher", "Student")},
 }
 NOTES = {
     "reconstruction": "The encoder sees what is left of the image; what was hidden is painted in from that.",
     "conversion": "The same image in other exteriors: its structure stays, its colours and textures do not.",
     "crops": "Two crops of one image: what the teacher says of one is what the student should say of the other.",
+    "figure": "What a threshold on the image's colours set apart (black: nothing), and what the encoder makes of it.",
     "teacher_and_student": "Training images as the networks see them; the redder, the surer of what is sought.",
     "augmented": "The images as the encoder sees them.",
 }

@@ -10,11 +10,12 @@ import torch
 from fewmask.auxiliary import AUXILIARY
 from fewmask.models import build_encoder
 from fewmask.pretrain import PRETRAINERS
+from fewmask.pretrain.figure import Figure
 from fewmask.registry import build
 from fewmask.types import Batch, UserError
 from tests.pretrain.pictures import SMALL, raw_batch
 
-ON_CNN = ("dino", "g2ll", "simmim", "supervised", "tedmae", *AUXILIARY)
+ON_CNN = ("dino", "figure", "g2ll", "simmim", "supervised", "tedmae", *AUXILIARY)
 CASES = [(name, "vit_tiny_patch16") for name in PRETRAINERS] + [(name, "efficientnet_lite0") for name in ON_CNN]
 # Small heads, and for DINO no step in which its last layer stands still.
 SETTINGS = {"dino": {**SMALL, "freeze_last": 0.0}, "g2ll": SMALL, "tedmae": SMALL}
@@ -38,8 +39,10 @@ def viewed(subject, num: int = 3, seed: int = 0) -> Batch:
 
 
 def loaded(subject, num: int, side: int = 72) -> Batch:
-    """A raw batch with what the method needs: masks of what is bright, where it learns from masks."""
+    """A raw batch with what the method needs: a dark thing in the middle, or masks of what is bright."""
     batch = raw_batch(num, side)
+    if isinstance(subject, Figure):
+        batch.image[:, :, side // 3 : -side // 3, side // 3 : -side // 3] //= 8
     return replace(batch, mask=(batch.image[:, :1] > 127).byte() * 255) if subject.needs_masks else batch
 
 

@@ -1,0 +1,170 @@
+"""Figure and ground: what is found, what moves with the picture, and what is not learnt from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from fewmask.data.augment import PretrainViews
+from fewmask.models import build_encoder
+from fewmask.pretrain.figure import CELLS, FIRST, Figure, FigureViews, above_otsu, find_figure
+from fewmask.types import Batch, UserError
+
+SIDE = 96
+COLOUR = st.tuples(*[st.integers(0, 255)] * 3)
+
+
+def disc(middle=(48, 48), radius=24.0) -> torch.Tensor:
+    """Return where a disc of pixels is: bool (SIDE, SIDE)."""
+    place = torch.arange(SIDE) + 0.5
+    return (place[:, None] - middle[0]).square() + (place - middle[1]).square() < radius**2
+
+
+def painted(inside: torch.Tensor, figure=(90, 40, 30), ground=(220, 180, 170)) -> torch.Tensor:
+    """Return pictures uint8 (1, 3, SIDE, SIDE) of two colours."""
+    colours = torch.tensor([ground, figure], dtype=torch.uint8)
+    return colours[inside.long()].permute(2, 0, 1)[None]
+
+
+def made(**settings) -> Figure:
+    torch.manual_seed(0)
+    return Figure(build_encoder("efficientnet_lite0", size=64), **settings)
+
+
+@given(st.lists(st.integers(0, 63), min_size=2, max_size=40))
+def test_a_threshold_divides_as_no_other_does_better(values):
+    row = np.array([0, *values, 63], float)  # so that a bin is a value
+
+    def between(above: np.ndarray) -> float:
+        if above.all() or not above.any():
+            return 0.0
+        return above.mean() * (1 - above.mean()) * (row[above].mean() - row[~above].mean()) ** 2
+
+    found = above_otsu(torch.tensor(row[None], dtype=torch.float32))[0].numpy()
+    assert row[found].min() > row[~found].max()
+    assert between(found) == pytest.approx(max(between(row > t) for t in range(63)), rel=1e-4)
+
+
+@given(st.tuples(st.integers(40, 56), st.integers(40, 56)), st.integers(12, 30), COLOUR, COLOUR)
+def test_a_disc_of_any_colour_is_found_where_it_is(middle, radius, figure, ground):
+    distance = np.abs(np.subtract(figure, ground)).max()
+    inside = disc(middle, radius)
+    found, told = find_figure(painted(inside, figure, ground), 0.01, 0.25)
+    if distance == 0:
+        assert not told
+        return
+    cover = F.adaptive_avg_pool2d(inside[None, None].float(), CELLS)
+    assert told
+    assert found[-F.max_pool2d(-cover, 3, 1, 1) == 1].all()  # but for a cell at its rim
+    assert not found[F.max_pool2d(cover, 3, 1, 1) == 0].any()
+
+
+def test_mirrored_and_negative_pictures_have_the_same_figures():
+    torch.manual_seed(0)
+    image = (F.interpolate(torch.rand(8, 3, 6, 6), (SIDE, SIDE), mode="bicubic").clamp(0, 1) * 255).byte()
+    image[:4, :, disc()] //= 8
+    found, told = find_figure(image, 0.01, 0.25)
+    assert 0 < told.sum() < 8
+    mirrored, still_told = find_figure(image.flip(3), 0.01, 0.25)
+    assert (mirrored.flip(3) == found).float().mean() > 0.99
+    assert torch.equal(told, still_told)
+    negative, told_too = find_figure(255 - image, 0.01, 0.25)
+    assert (negative == found).float().mean() > 0.99
+    assert torch.equal(told, told_too)
+
+
+@pytest.mark.parametrize(
+    ("inside", "why"),
+    [
+        (torch.zeros(SIDE, SIDE, dtype=torch.bool), "one colour"),
+        (disc((46.5, 46.5), 1), "too small"),
+        (torch.arange(SIDE).expand(SIDE, SIDE) < 50, "half of the border is in it"),
+    ],
+)
+def test_where_no_one_thing_stands_out_nothing_is_told(inside, why):
+    _, told = find_figure(painted(inside), 0.01, 0.25)
+    assert not told, why
+    if inside.any():
+        assert find_figure(painted(inside), 0.0, 1.0)[1]
+
+
+def test_the_figure_moves_with_its_picture():
+    image = torch.cat([painted(disc((40 + i, 52 - i), 18 + i)) for i in range(8)])
+    views = FigureViews(PretrainViews(64, (0.4, 1.0)), 0.01, 0.25)
+    torch.manual_seed(0)
+    batch = views(Batch(image, [str(i) for i in range(8)]))
+    assert batch.mask is None
+    assert batch.extra["told"].tolist() == [1.0] * 8
+    red = batch.image[:, :1]
+    middle = (red.amax((2, 3), keepdim=True) + red.amin((2, 3), keepdim=True)) / 2
+    seen = F.avg_pool2d((red < middle).float(), 4)
+    assert (seen - batch.extra["figure"]).abs().mean() < 0.03
+    shares = seen.mean((1, 2, 3))
+    assert shares.max() > 1.3 * shares.min()  # they were cropped, not only resized
+
+
+def test_a_picture_without_a_figure_teaches_nothing():
+    subject = made().eval()
+    image = torch.cat([painted(disc()), painted(torch.zeros(SIDE, SIDE, dtype=torch.bool))])
+    batch = subject.views()(Batch(image, ["a", "b"]))
+    assert batch.extra["told"].tolist() == [1.0, 0.0]
+    terms = subject(batch)
+    other = replace(batch, image=torch.stack([batch.image[0], torch.randn_like(batch.image[1])]))
+    torch.testing.assert_close(subject(other)["loss"], terms["loss"])
+    alone = replace(batch, image=batch.image[:1], extra={k: v[:1] for k, v in batch.extra.items()})
+    torch.testing.assert_close(2 * terms["loss"], subject(alone)["loss"])
+    assert terms["told"] == 0.5
+
+
+def test_a_mask_is_never_read():
+    subject = made().eval()
+    losses = []
+    for mask in (None, torch.zeros(1, 1, SIDE, SIDE, dtype=torch.uint8)):
+        torch.manual_seed(1)
+        losses.append(subject(subject.views()(Batch(painted(disc()), ["a"], mask=mask)))["loss"])
+    assert torch.equal(*losses)
+
+
+def test_it_learns_where_the_figures_are():
+    subject = made()
+    torch.manual_seed(0)
+    image = torch.cat([painted(disc((36 + 8 * (i % 4), 60 - 8 * (i % 3)), 16 + i)) for i in range(8)])
+    batch = subject.views()(Batch(image, [str(i) for i in range(8)]))
+    optimiser = torch.optim.AdamW(subject.parameters(), lr=2e-3)
+    for _ in range(25):
+        loss = subject(batch)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    share = batch.extra["figure"].mean()
+    guess = -(share * share.log() + (1 - share) * (1 - share).log())  # of who knows only how large they are
+    assert loss < 0.5 * guess
+
+
+@pytest.mark.parametrize(("picture", "stops"), [(disc(), False), (torch.zeros(SIDE, SIDE, dtype=torch.bool), True)])
+def test_pictures_without_figures_stop_the_training_with_a_sentence(picture, stops):
+    subject = made()
+    batch = subject.views()(Batch(painted(picture).expand(2, -1, -1, -1), ["a", "b"]))
+    cut = batch.extra | {"figure": batch.extra["figure"][..., :8, :8]}
+    small = replace(batch, image=batch.image[..., :32, :32], extra=cut)  # for speed
+    for _ in range(FIRST - 1):
+        subject(small)
+        subject.after_step(0.1)
+    subject(small)
+    if not stops:
+        subject.after_step(0.1)
+        return
+    with pytest.raises(UserError, match=r"first 100 steps, 0% have one thing.*such as 'simmim'"):
+        subject.after_step(0.1)
+
+
+@pytest.mark.parametrize("settings", [{"min_area": -0.1}, {"max_border": 1.5}])
+def test_shares_outside_their_range_are_a_sentence(settings):
+    with pytest.raises(UserError, match=r"cannot be .*: give a share between 0 and 1"):
+        made(**settings)
