@@ -97,8 +97,13 @@ def test_killed_in_a_candidate_and_called_again_it_finishes_without_redoing_any(
     command = [sys.executable, "-m", "fewmask", "select", "two_stage", f"data.root={drawn}", f"run.out={out}", *SMALL]
     environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path / "cache")}
     process = subprocess.Popen([*command, *slow], stderr=subprocess.DEVNULL, env=environment)
-    wait_for(lambda: len(list(out.glob("candidates/*/finetune/checkpoints/step_*[1-9].safetensors"))) > 0
-             and len(list(out.glob("candidates/*/finetune/stage.json"))) > 0)  # fmt: skip
+
+    def in_the_second() -> bool:
+        begun = {path.parents[1] for path in out.glob("candidates/*/finetune/checkpoints/step_*[1-9].safetensors")}
+        under_way = [stage for stage in begun if not (stage / "stage.json").exists()]
+        return bool(under_way) and (out / "selection.json").exists()
+
+    wait_for(in_the_second)
     process.kill()
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in out.glob("candidates/*/finetune/stage.json")}
