@@ -55,7 +55,9 @@ def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> tuple[set[st
         learnt |= theirs
         _, seen = _met(run, PICTURES, hashes, tests)
         without = f"; it saw {len(seen)} of these without their masks" if seen else ""
-        sentences.append(f"Model {name}: given, and trained on {len(theirs)} masks, none of a test image{without}.")
+        segments = any((run / stage).is_dir() for stage in ("finetune", "distill"))
+        how = "and trained on" if segments or not (run / "pretrain").is_dir() else "pre-trained on images with"
+        sentences.append(f"Model {name}: given, {how} {len(theirs)} masks, none of a test image{without}.")
     return learnt, sentences
 
 
