@@ -98,7 +98,7 @@ def accelerator_for(settings: RunSection) -> Accelerator:
 def resolve_precision(settings: RunSection) -> str:
     """Return the precision to train in; "auto" is bf16 where the hardware multiplies it, fp32 elsewhere.
 
-    Measured: bf16 trains a U-Net 2.0 times faster than fp32 on a CPU with AMX, and 1.7 times (a ViT 1.8) on one with
+    Measured: bf16 trains a U-Net 2.0 times faster than fp32 on a CPU with AMX, and 1.5 times (a ViT 1.8) on one with
     AVX-512 BF16 (Zen 4); on one without either, it is far slower.
     """
     if settings.precision != "auto":
