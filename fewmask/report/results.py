@@ -14,6 +14,7 @@ from fewmask.report.wording import (
     count,
     counted,
     fixed,
+    method_name,
     number,
     parameters,
     percent,
@@ -149,7 +150,7 @@ def _unevaluated(record: Record) -> tuple[str, str]:
     on = f" on {counted(images, 'image')}" if images is not None else ""
     best = best_score(last)
     if last.name == "pretrain":
-        method = str(last.info.get("method", "")).upper()
+        method = method_name(str(last.info.get("method", "")))
         how = "" if finished(last) else ", partly"
         return "An encoder", f"{how} pre-trained{f' with {method}' if method else ''}{on}. No segmenter was evaluated."
     if best is None:

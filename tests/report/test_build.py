@@ -145,6 +145,17 @@ def test_a_section_is_shown_exactly_when_its_material_exists(
     assert "nan" not in page.text.lower().split()
 
 
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("g2ll", "G2LL"), ("simmim", "SimMIM"), ("figure", "figure"), ("boundary_distance", "boundary distance")],
+)
+def test_an_encoder_alone_is_told_with_its_method_as_it_is_written(make_run: MakeRun, method: str, name: str) -> None:
+    run = make_run(without=("metrics", "cases", "pictures", "export", "finetune"))
+    path = run / "pretrain" / "stage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "method": method}))
+    assert f"An encoder pre-trained with {name} on " in page_of(run).all("h1")[0].text
+
+
 def test_without_a_test_split_the_page_says_what_its_figure_is_worth(make_run: MakeRun) -> None:
     page = page_of(make_run(splits=("val",)))
     assert "90 validation images, which also chose the model" in page.all("h1")[0].text
