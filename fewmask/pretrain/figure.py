@@ -38,7 +38,6 @@ class Figure(Objective):
     Raises UserError for shares outside [0, 1] and for an encoder without a feature at a multiple of stride 4.
     """
 
-    num_steps: Tensor
     num_told: Tensor
 
     def __init__(
@@ -57,9 +56,9 @@ class Figure(Objective):
         self.head = DenseHead(encoder, num_channels=1, stride=STRIDE)
         moved = PretrainViews(encoder.size, crop_scale, vertical=vertical_flip, colour=SSL_COLOUR)
         self.figure_views = FigureViews(moved, min_area, max_border)
-        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("num_told", torch.zeros(()))
-        self.num_looks = 0
+        # Of the first steps since the start or a resume; the host reads it once, so that an accelerator never waits.
+        self.register_buffer("num_told", torch.zeros(()), persistent=False)
+        self.num_steps = 0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss", the cross-entropy over the pictures with a figure by all pictures, and "told"."""
@@ -68,20 +67,19 @@ class Figure(Objective):
         error = F.binary_cross_entropy_with_logits(logits, batch.extra["figure"], reduction="none")
         share = mean_over_processes(told.mean())
         if self.training:
-            self.num_steps += 1
             self.num_told += share
         # By all pictures and not by the told ones: so the gradients of several processes add up to those of one.
         return {"loss": (error.mean((1, 2, 3)) * told).mean(), "told": share}
 
     def after_step(self, progress: float) -> None:
         """Raise a UserError when, after the first steps, hardly a picture had a figure."""
-        self.num_looks += 1
-        if self.num_looks != FIRST or float(self.num_told) >= LEAST_TOLD * float(self.num_steps):
+        self.num_steps += 1
+        if self.num_steps != FIRST or (told := float(self.num_told) / FIRST) >= LEAST_TOLD:
             return
         raise UserError(
-            f"Of the pictures of the first {FIRST} steps, {float(self.num_told / self.num_steps):.0%} have one thing "
+            f"Of the pictures of the first {FIRST} steps, {told:.0%} have one thing "
             "about the middle whose colours differ from the border's; method 'figure' needs such pictures: take "
-            "another, such as 'simmim', or raise method.max_border."
+            "another, such as 'simmim', or raise pretrain.method.max_border."
         )
 
     def product(self) -> Encoder:
@@ -132,7 +130,7 @@ def find_figure(image: Tensor, min_area: float, max_border: float) -> tuple[Tens
     or darker makes no difference. The numbers were chosen on 250 training images of ISIC-2017, where the 84 % that are
     told have a Dice of .81 with their masks.
     """
-    cells = F.adaptive_avg_pool2d(image.float() / 255, CELLS)
+    cells = F.adaptive_avg_pool2d(image.float(), CELLS)
     cells = F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     place = torch.linspace(-0.5, 0.5, CELLS, device=image.device)
     weight = torch.exp(-(place[:, None].square() + place.square()) / (2 * SPREAD**2))
@@ -141,14 +139,15 @@ def find_figure(image: Tensor, min_area: float, max_border: float) -> tuple[Tens
     middle, edge = ((cells * w).sum((2, 3), keepdim=True) / w.sum() for w in (weight, border))
     along = ((cells - edge) * (middle - edge)).sum(1).flatten(1)
     figure = above_otsu(along).view(-1, 1, CELLS, CELLS)
-    on_border = (figure * border).sum((1, 2, 3)) / border.sum()
-    return figure, (figure.float().mean((1, 2, 3)) >= min_area) & (on_border <= max_border) & figure.any(3).any(2)[:, 0]
+    area, on_border = figure.float().mean((1, 2, 3)), (figure * border).sum((1, 2, 3)) / border.sum()
+    return figure, (area > 0) & (area >= min_area) & (on_border <= max_border)
 
 
 def above_otsu(values: Tensor) -> Tensor:
     """Return whether each of the values (b, n) lies above its row's threshold (Otsu 1979, over 64 equal bins).
 
     The threshold divides a row so that the variance between its two parts is largest; a constant row has none above.
+    Not skimage's, which takes one picture at a time and on the host.
     """
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     bins = ((values - low) / (high - low).clamp_min(1e-12) * (BINS - 1)).round().long()

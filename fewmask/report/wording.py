@@ -7,7 +7,7 @@ from typing import Any
 
 NONE = "–"
 ACRONYMS = frozenset({"bce", "ce", "cls", "ema", "kl", "mae", "mim", "mse"})
-NAMES = {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "g2ll": "G2LL", "tedmae": "TEDMAE"}
+METHOD_NAMES = {"mae": "MAE", "simmim": "SimMIM", "dino": "DINO", "g2ll": "G2LL", "tedmae": "TEDMAE"}
 SPLIT_NAMES = {"test": "Test", "val": "Validation", "train": "Training"}
 STAGE_NAMES = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "distill": "Distillation"}
 
@@ -90,7 +90,7 @@ def title(key: str) -> str:
 
 def method_name(key: str) -> str:
     """Return a method of pre-training as its authors write it, one without a name of its own as words."""
-    return NAMES.get(key, key.replace("_", " "))
+    return METHOD_NAMES.get(key, key.replace("_", " "))
 
 
 def lowered(text: str) -> str:
