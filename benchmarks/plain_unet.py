@@ -33,7 +33,8 @@ from fewmask.data.reading import read_image, read_mask
 from fewmask.data.splits import label_subset
 from fewmask.evaluate.score import score_cases, summarise
 from fewmask.evaluate.statistics import compare
-from fewmask.models import build_encoder
+from fewmask.models import build_encoder, build_segmenter
+from fewmask.models.weights import load_decoder
 from fewmask.types import SegOutput
 
 SIZE, BATCH = 128, 16
@@ -61,8 +62,11 @@ def plain(
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
     masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
     network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
-    start = build_encoder("efficientnet_lite0", weights, size=SIZE)
-    network.encoder.load_state_dict(start.body.state_dict())
+    start = build_segmenter("unet", build_encoder("efficientnet_lite0", weights, size=SIZE))
+    network.encoder.load_state_dict(start.encoder.body.state_dict())
+    if load_decoder(start, weights):
+        network.decoder.load_state_dict(start.decoder.state_dict())
+        network.segmentation_head.load_state_dict(start.segmentation_head.state_dict())
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
     began, seen = time.perf_counter(), 0
     while time.perf_counter() - began < minutes * 60 and seen < steps * BATCH:

@@ -99,7 +99,10 @@ def check(
 
 @app.command()
 def pretrain(recipe: RecipeName, settings: Settings = None) -> None:
-    """Train an encoder on images without masks: fewmask pretrain mae data.root=MY_FOLDER run.out=RUN."""
+    """Train an encoder on images without masks: fewmask pretrain mae data.root=MY_FOLDER run.out=RUN.
+
+    Method figure trains a whole segmenter: on pictures of one thing about the middle, such as lesions.
+    """
     from fewmask.commands.verbs import stage
 
     raise typer.Exit(stage("pretrain", recipe, settings or []))
@@ -109,7 +112,8 @@ def pretrain(recipe: RecipeName, settings: Settings = None) -> None:
 def finetune(recipe: RecipeName, settings: Settings = None) -> None:
     """Train a segmenter on the few masks: fewmask finetune unet data.root=MY_FOLDER run.out=RUN.
 
-    The encoder starts from model.weights: none, packaged, imagenet, or a run's folder.
+    The encoder starts from model.weights: none, packaged, imagenet, or a run's folder; where that holds a whole
+    segmenter of the same kind, its decoder starts from there too.
     """
     from fewmask.commands.verbs import stage
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import functional as F
 
 
@@ -28,3 +29,8 @@ def cross_entropy_dice(logits: Tensor, target: Tensor, dice_weight: float = 0.5)
         "cross_entropy": cross_entropy.detach(),
         "dice_loss": dice.detach(),
     }
+
+
+def loss_of_each(logits: Tensor, target: Tensor, dice_weight: float = 0.5) -> Tensor:
+    """Return (1 - w) cross-entropy + w Dice of each image, (b,), from (b, 1, s, s); see `cross_entropy_dice`."""
+    return vmap(lambda z, y: cross_entropy_dice(z[None], y[None], dice_weight)["loss"])(logits, target)

@@ -55,8 +55,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     models = [load_teacher(file) for file in files]
     start = best_of(files) if recipe.student.weights == FROM_TEACHER else None
     weights = recipe.student.weights if start is None else str(start)
-    whole = None if start is None else models[files.index(start)]
-    objective = objective_for("distill", recipe, weights, whole=whole, teachers=models)
+    objective = objective_for("distill", recipe, weights, teachers=models)
     assert isinstance(objective, Distill)
     if asks_once and len(models) > 1:
         check_stored_answers(objective)

@@ -28,8 +28,8 @@ from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
 from fewmask.finetune import FINETUNERS
-from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, save_model
-from fewmask.models.weights import copy_whole
+from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, encoder_of, save_model
+from fewmask.models.weights import load_decoder
 from fewmask.objective import Objective
 from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import build, choose
@@ -65,7 +65,7 @@ def with_precision(recipe: Recipe) -> Recipe:
 
 
 def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = None) -> Path:
-    """Train the encoder on every image that is no test image nor a copy of one; return the path of its weights."""
+    """Train on every image that is no test image nor a copy of one; return the path of the weights."""
     section, stage = recipe.stage("pretrain"), Stage(run, "pretrain", budget, recipe.run.clock)
     path = stage.folder / "model.safetensors"
     if stage.done:
@@ -79,9 +79,8 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
     probe = probe_for(stage, data, body, section.probe_every, recipe.model.size)
     product, facts = fit(objective, loader, section, stage, recipe.run, watch=probe)
-    assert isinstance(product, Encoder)
     if is_main():
-        describe_features(stage.folder, product, data.dataset, body, recipe.model.size)
+        describe_features(stage.folder, encoder_of(product), data.dataset, body, recipe.model.size)
     finish(stage, path, product, section, objective, loader, facts | {"excluded": data.excluded})
     return path
 
@@ -89,7 +88,7 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
 def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: float | None = None) -> Path:
     """Train the segmenter on the labelled images, chosen by validation Dice; return the path of its weights.
 
-    `weights` is where the encoder starts from: a path or a word that `model.weights` takes.
+    `weights` is where the network starts from: a path or a word that `model.weights` takes.
     """
     section, stage = recipe.stage("finetune"), Stage(run, "finetune", budget, recipe.run.clock)
     path = stage.folder / "model.safetensors"
@@ -136,14 +135,16 @@ def _superpixels(data: Prepared, slic: Slic) -> np.ndarray:
     return maps
 
 
-def objective_for(
-    stage: str, recipe: Recipe, weights: str, num_classes: int = 0, whole: Segmenter | None = None, **offered: Any
-) -> Objective:
-    """Return a stage's objective, its network built as the recipe says and its encoder filled from `weights`.
+def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0, **offered: Any) -> Objective:
+    """Return a stage's objective, its network built as the recipe says and filled from `weights`.
 
-    With `whole`, a segmenter, the decoder is filled from it too where the two are of one kind. `offered` is what else a
+    Where these are a segmenter's of one kind with the network, its decoder is filled too. `offered` is what else a
     method may ask for in its constructor, such as `teachers`.
     """
+    settings = dict(recipe.stage(stage).method)
+    table: dict[str, Any] = METHODS[stage]
+    factory = choose(table, settings.pop("name"), f"{stage} method")
+    asked = inspect.signature(factory).parameters
     model, size = recipe.student if stage == "distill" else recipe.model, recipe.model.size
     where = "student" if stage == "distill" else "model"
     _refuse(f"{where}.encoder_settings", model.encoder_settings, ("name", "weights", "size"))
@@ -151,15 +152,11 @@ def objective_for(
     with _settings_of(where):
         encoder = build_encoder(model.encoder, weights, size=size, **model.encoder_settings)
         offered |= {"encoder": encoder, "num_classes": num_classes, "size": size}
-        if stage != "pretrain":
+        if "segmenter" in asked:
             offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
-    if whole is not None:
-        copy_whole(offered["segmenter"], whole)
-    settings = dict(recipe.stage(stage).method)
-    table: dict[str, Any] = METHODS[stage]
-    factory = choose(table, settings.pop("name"), f"{stage} method")
+            load_decoder(offered["segmenter"], weights)
     # Of what is offered, a method is given what its constructor asks for.
-    given = {name: value for name, value in offered.items() if name in inspect.signature(factory).parameters}
+    given = {name: value for name, value in offered.items() if name in asked}
     return build(factory, settings, f"{stage}.method", **given)
 
 
@@ -197,7 +194,8 @@ def finish(
         made_by = stage.run.info["versions"].get("fewmask")
         save_model(path, product, {"stage": stage.name, "method": method, "fewmask": made_by})
         _previews(stage, objective, loader)
-        stage.finish(method=method, settings=section.model_dump(mode="json"), **facts)
+        kind = "segmenter" if isinstance(product, Segmenter) else "encoder"
+        stage.finish(method=method, product=kind, settings=section.model_dump(mode="json"), **facts)
         flush_folder(stage.folder)
         shutil.rmtree(stage.folder / "checkpoints")  # several times the model's size, and of no more use
     wait_for_everyone()

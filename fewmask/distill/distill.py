@@ -14,16 +14,10 @@ from fewmask.data.preprocess import denormalise
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distiller import Distiller, check_share
 from fewmask.distill.kd import KD
-from fewmask.distill.supervision import (
-    Supervision,
-    labelled_rows,
-    loss_of_each,
-    supervise,
-    take_stored,
-    weighted_mean,
-)
+from fewmask.distill.supervision import Supervision, labelled_rows, supervise, take_stored, weighted_mean
 from fewmask.distill.teacher import EnsembleTeacher, merge
 from fewmask.distill.widths import Widths, describe, dry_run
+from fewmask.losses import loss_of_each
 from fewmask.models.average import AveragedObjective
 from fewmask.registry import build, check_type, choose
 from fewmask.types import Batch, SegOutput, UserError, Views

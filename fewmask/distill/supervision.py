@@ -8,9 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
-from fewmask.losses import cross_entropy_dice
 from fewmask.types import Batch, SegOutput
 
 
@@ -86,11 +84,6 @@ def agreement(probability: Tensor) -> Tensor:
     hard = (p >= 0.5).float()
     dice = 2 * (p * hard).sum(1) / (p.sum(1) + hard.sum(1)).clamp(min=1e-6)
     return torch.where(hard.any(1), dice, (2 * p - 1).abs().mean(1))
-
-
-def loss_of_each(logits: Tensor, target: Tensor, dice_weight: float) -> Tensor:
-    """Return (1 - w) cross-entropy + w Dice of each image, (b,), from (b, 1, s, s); see `cross_entropy_dice`."""
-    return vmap(lambda z, y: cross_entropy_dice(z[None], y[None], dice_weight)["loss"])(logits, target)
 
 
 def weighted_mean(each: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:

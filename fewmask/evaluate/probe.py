@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.data.preprocess import normalise
-from fewmask.models import Encoder
+from fewmask.models import Encoder, encoder_of
 from fewmask.pretrain.self_distillation import global_tokens
 from fewmask.types import UserError
 
@@ -60,10 +60,9 @@ class Probe:
                 "label: fill the column 'label' of the manifest, or set pretrain.probe_every=0."
             )
 
-    def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """Return "knn_accuracy", "knn_balanced_accuracy" and "majority", all in [0, 1], of an `Encoder`."""
-        assert isinstance(encoder, Encoder)
-        features = global_features(encoder, self.images, self.indices, self.size)
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return "knn_accuracy", "knn_balanced_accuracy" and "majority", all in [0, 1], of a model's encoder."""
+        features = global_features(encoder_of(model), self.images, self.indices, self.size)
         return knn_accuracy(features, self.labels, self.k, self.groups)
 
 

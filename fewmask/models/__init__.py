@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from torch import nn
 
 from fewmask.models.cnn import Cnn
 from fewmask.models.encoder import Encoder
@@ -29,6 +30,7 @@ __all__ = [
     "Segmenter",
     "build_encoder",
     "build_segmenter",
+    "encoder_of",
     "load_model",
     "save_model",
 ]
@@ -83,13 +85,20 @@ def build_segmenter(name: str, encoder: Encoder, **settings: Any) -> Segmenter:
     return build(choose(SEGMENTERS, name, "segmenter"), settings, "model.segmenter_settings", encoder=encoder)
 
 
+def encoder_of(model: nn.Module) -> Encoder:
+    """Return an encoder itself, or that of a segmenter."""
+    encoder = model.encoder if isinstance(model, Segmenter) else model
+    assert isinstance(encoder, Encoder)
+    return encoder
+
+
 def save_model(path: Path | str, model: Encoder | Segmenter, extra: dict[str, Any] | None = None) -> None:
     """Write an encoder or a segmenter to a safetensors file whose header describes it.
 
     The header's key "fewmask" holds JSON: kind ("encoder" or "segmenter"), encoder and segmenter ({"name",
     "settings"}), size in pixels, and whatever `extra` adds.
     """
-    encoder = model.encoder if isinstance(model, Segmenter) else model
+    encoder = encoder_of(model)
     spec: dict[str, Any] = {"kind": "encoder", "encoder": encoder.spec, "size": encoder.size}
     if isinstance(model, Segmenter):
         spec |= {"kind": "segmenter", "segmenter": model.spec}

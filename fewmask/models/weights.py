@@ -43,6 +43,7 @@ PACKAGED = {
 }
 
 WORDS = ("none", "packaged", "imagenet")
+ENCODER = "encoder."  # what the names of a segmenter's encoder's tensors begin with
 
 # Google trained EfficientNet-Lite on (pixel - 127) / 128 with TensorFlow's batch normalisation epsilon.
 LITE_MEAN, LITE_STD, LITE_EPS = (127 / 255,) * 3, (128 / 255,) * 3, 1e-3
@@ -78,23 +79,32 @@ def load_own(encoder: Encoder, path: Path) -> None:
             f"choose model.encoder='{theirs}' or other weights."
         )
     if spec["kind"] == "segmenter":
-        tensors = {k.removeprefix("encoder."): v for k, v in tensors.items() if k.startswith("encoder.")}
+        tensors = {k.removeprefix(ENCODER): v for k, v in tensors.items() if k.startswith(ENCODER)}
     eps = spec["encoder"].get("settings", {}).get("norm_eps")
     if isinstance(encoder, Cnn) and eps is not None:
         encoder.set_norm_eps(eps)
     load_checked(encoder, tensors, str(path))
 
 
-def copy_whole(segmenter: Segmenter, source: Segmenter) -> bool:
-    """Fill a segmenter from one with the same tensors, encoder and decoder; return False, and leave it, for another.
+def load_decoder(segmenter: Segmenter, weights: str) -> bool:
+    """Fill a segmenter's decoder from what `load_weights` takes; return False, and leave it, where that has none.
 
-    One that was made for another image size is another one where its encoder keeps positions.
+    The path of a segmenter with the same decoder, tensor for tensor, has one.
     """
-    own, tensors = segmenter.state_dict(), source.state_dict()
-    if own.keys() != tensors.keys() or any(own[name].shape != tensors[name].shape for name in own):
+    if weights in WORDS:
         return False
-    segmenter.load_state_dict(tensors)
-    return True
+    spec, tensors = read_model_file(find_model_file(Path(weights)))
+    own = without_encoder(segmenter.state_dict())
+    theirs = without_encoder(tensors) if spec["kind"] == "segmenter" else {}
+    same = own.keys() == theirs.keys() and all(own[name].shape == theirs[name].shape for name in own)
+    if same:
+        segmenter.load_state_dict(theirs, strict=False)
+    return same
+
+
+def without_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a segmenter's tensors but for its encoder's."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(ENCODER)}
 
 
 def load_checked(encoder: Encoder, tensors: dict[str, Tensor], where: str) -> None:

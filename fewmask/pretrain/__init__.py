@@ -1,4 +1,4 @@
-"""Pre-training methods: what they learn from unlabelled images is an encoder."""
+"""Pre-training methods: what they learn from unlabelled images is an encoder, in one case a whole segmenter."""
 
 from __future__ import annotations
 

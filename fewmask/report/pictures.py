@@ -34,7 +34,7 @@ NOTES = {
     "reconstruction": "The encoder sees what is left of the image; what was hidden is painted in from that.",
     "conversion": "The same image in other exteriors: its structure stays, its colours and textures do not.",
     "crops": "Two crops of one image: what the teacher says of one is what the student should say of the other.",
-    "figure": "What a threshold on the image's colours set apart (black: nothing), and what the encoder makes of it.",
+    "figure": "What a threshold on the image's colours set apart (black: nothing), and what the network makes of it.",
     "teacher_and_student": "Training images as the networks see them; the redder, the surer of what is sought.",
     "augmented": "The images as the encoder sees them.",
 }

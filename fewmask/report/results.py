@@ -152,7 +152,8 @@ def _unevaluated(record: Record) -> tuple[str, str]:
     if last.name == "pretrain":
         method = method_name(str(last.info.get("method", "")))
         how = "" if finished(last) else ", partly"
-        return "An encoder", f"{how} pre-trained{f' with {method}' if method else ''}{on}. No segmenter was evaluated."
+        what = "A segmenter" if last.info.get("product") == "segmenter" else "An encoder"
+        return what, f"{how} pre-trained{f' with {method}' if method else ''}{on}. No segmenter was evaluated."
     if best is None:
         return "No result yet", f": {stage_name(last.name).lower()} was started, and nothing was evaluated."
     where = f" at epoch {best[1]:g} of {stage_name(last.name).lower()}{on}"

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fewmask.distill.supervision import agreement, loss_of_each, supervise, weighted_mean
-from fewmask.losses import cross_entropy_dice
+from fewmask.distill.supervision import agreement, supervise, weighted_mean
+from fewmask.losses import cross_entropy_dice, loss_of_each
 from tests.distill.networks import SIZE, STUDENT, batch_of, blobs, random_output
 
 

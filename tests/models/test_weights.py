@@ -13,7 +13,7 @@ from skimage import data
 from fewmask.data.preprocess import normalise, resize_image
 from fewmask.models import build_encoder, build_segmenter, save_model
 from fewmask.models.encoder import IMAGENET_MEAN, IMAGENET_STD, InputAffine
-from fewmask.models.weights import LITE_MEAN, LITE_STD, PACKAGED, copy_whole, packaged_classifier
+from fewmask.models.weights import LITE_MEAN, LITE_STD, PACKAGED, load_decoder, packaged_classifier
 from fewmask.types import UserError
 
 CAT_CLASSES = range(281, 286)  # tabby, tiger cat, Persian, Siamese, Egyptian
@@ -32,18 +32,27 @@ def test_own_weights_of_a_segmenter_and_of_another_size(tmp_path):
     assert torch.equal(larger.body.blocks[3].attn.qkv.weight, source.body.blocks[3].attn.qkv.weight)
 
 
-def test_a_whole_segmenter_is_taken_only_from_one_of_the_same_tensors():
-    def network(seed, channels=(8, 8, 8, 4)):
+def test_a_decoder_is_taken_only_from_a_segmenter_with_the_same_one(tmp_path):
+    def network(seed, channels=(8, 8, 8, 4), size=64):
         torch.manual_seed(seed)
-        return build_segmenter("transunet", build_encoder("vit_tiny_patch16", size=64), decoder_channels=channels)
+        return build_segmenter("transunet", build_encoder("vit_tiny_patch16", size=size), decoder_channels=channels)
 
-    source, same, wide = network(0), network(1), network(1, (16, 8, 8, 4))
-    before = {name: tensor.clone() for name, tensor in wide.state_dict().items()}
-    assert copy_whole(same, source)
-    assert not copy_whole(wide, source)
-    for name, tensor in source.state_dict().items():
-        assert torch.equal(same.state_dict()[name], tensor)
-    assert all(torch.equal(wide.state_dict()[name], tensor) for name, tensor in before.items())
+    def taken(segmenter, path) -> bool:
+        before = {name: tensor.clone() for name, tensor in segmenter.state_dict().items()}
+        found = load_decoder(segmenter, str(path))
+        for name, tensor in segmenter.state_dict().items():
+            wanted = source if found and not name.startswith("encoder.") else before
+            assert torch.equal(tensor, wanted[name])
+        return found
+
+    save_model(tmp_path / "whole" / "model.safetensors", network(0))
+    save_model(tmp_path / "encoder.safetensors", network(0).encoder)
+    source = network(0).state_dict()
+    assert taken(network(1), tmp_path / "whole")
+    assert taken(network(1, size=96), tmp_path / "whole")  # a decoder does not know the size of the image
+    assert not taken(network(1, (16, 8, 8, 4)), tmp_path / "whole")
+    assert not taken(network(1), tmp_path / "encoder.safetensors")
+    assert not taken(network(1), "none")
 
 
 def test_own_weights_bring_their_norm_eps(tmp_path):

@@ -12,11 +12,22 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fewmask.data.augment import PretrainViews
-from fewmask.models import build_encoder
-from fewmask.pretrain.figure import CELLS, FIRST, Figure, FigureViews, above_otsu, find_figure
+from fewmask.losses import cross_entropy_dice, loss_of_each
+from fewmask.models import build_encoder, build_segmenter
+from fewmask.pretrain.figure import (
+    CELLS,
+    FIRST,
+    Figure,
+    FigureRule,
+    FigureViews,
+    connected,
+    find_figure,
+    split_by_otsu,
+)
 from fewmask.types import Batch, UserError
 
 SIDE = 96
+RULE = FigureRule(min_area=0.01, max_border=0.25, min_explained=0.65)
 COLOUR = st.tuples(*[st.integers(0, 255)] * 3)
 
 
@@ -34,7 +45,7 @@ def painted(inside: torch.Tensor, figure=(90, 40, 30), ground=(220, 180, 170)) -
 
 def made(**settings) -> Figure:
     torch.manual_seed(0)
-    return Figure(build_encoder("efficientnet_lite0", size=64), **settings)
+    return Figure(build_segmenter("unet", build_encoder("efficientnet_lite0", size=64)), size=64, **settings)
 
 
 @given(st.lists(st.integers(0, 63), min_size=2, max_size=40))
@@ -46,16 +57,40 @@ def test_a_threshold_divides_as_no_other_does_better(values):
             return 0.0
         return above.mean() * (1 - above.mean()) * (row[above].mean() - row[~above].mean()) ** 2
 
-    found = above_otsu(torch.tensor(row[None], dtype=torch.float32))[0].numpy()
+    above, explained = split_by_otsu(torch.tensor(row[None], dtype=torch.float32))
+    found = above[0].numpy()
     assert row[found].min() > row[~found].max()
     assert between(found) == pytest.approx(max(between(row > t) for t in range(63)), rel=1e-4)
+    assert explained.item() == pytest.approx(between(found) / row.var(), rel=1e-4)
+    assert explained.item() <= 1 + 1e-6
+
+
+def test_a_row_of_one_value_has_none_above_and_nothing_explained():
+    above, explained = split_by_otsu(torch.full((1, 9), 7.0))
+    assert not above.any()
+    assert explained.item() == 0
+
+
+@given(st.integers(0, 2**31), st.floats(0.3, 0.8), st.integers(2, 14))
+def test_what_is_connected_to_the_heaviest_cell_is_what_a_walk_finds(seed, density, side):
+    random = np.random.default_rng(seed)
+    inside, weight = random.random((side, side)) < density, random.random((side, side)) + 0.1
+    found = connected(torch.tensor(inside)[None, None], torch.tensor(weight, dtype=torch.float32))[0, 0].numpy()
+    if not inside.any():
+        assert not found.any()
+        return
+    reached = {tuple(np.argwhere(inside)[weight[inside].argmax()])}
+    for _ in range(side):
+        around = {(y + j, x + i) for y, x in reached for j in (-1, 0, 1) for i in (-1, 0, 1)}
+        reached |= {(y, x) for y, x in around if 0 <= y < side and 0 <= x < side and inside[y, x]}
+    assert set(map(tuple, np.argwhere(found))) == reached
 
 
 @given(st.tuples(st.integers(40, 56), st.integers(40, 56)), st.integers(12, 30), COLOUR, COLOUR)
 def test_a_disc_of_any_colour_is_found_where_it_is(middle, radius, figure, ground):
     distance = np.abs(np.subtract(figure, ground)).max()
     inside = disc(middle, radius)
-    found, told = find_figure(painted(inside, figure, ground), 0.01, 0.25)
+    found, told = find_figure(painted(inside, figure, ground), RULE)
     if distance == 0:
         assert not told
         return
@@ -69,12 +104,13 @@ def test_mirrored_and_negative_pictures_have_the_same_figures():
     torch.manual_seed(0)
     image = (F.interpolate(torch.rand(8, 3, 6, 6), (SIDE, SIDE), mode="bicubic").clamp(0, 1) * 255).byte()
     image[:4, :, disc()] //= 8
-    found, told = find_figure(image, 0.01, 0.25)
+    rule = RULE._replace(min_explained=0.5)
+    found, told = find_figure(image, rule)
     assert 0 < told.sum() < 8
-    mirrored, still_told = find_figure(image.flip(3), 0.01, 0.25)
+    mirrored, still_told = find_figure(image.flip(3), rule)
     assert (mirrored.flip(3) == found).float().mean() > 0.99
     assert torch.equal(told, still_told)
-    negative, told_too = find_figure(255 - image, 0.01, 0.25)
+    negative, told_too = find_figure(255 - image, rule)
     assert (negative == found).float().mean() > 0.99
     assert torch.equal(told, told_too)
 
@@ -88,22 +124,37 @@ def test_mirrored_and_negative_pictures_have_the_same_figures():
     ],
 )
 def test_where_no_one_thing_stands_out_nothing_is_told(inside, why):
-    _, told = find_figure(painted(inside), 0.01, 0.25)
+    _, told = find_figure(painted(inside), RULE)
     assert not told, why
     if inside.any():
-        assert find_figure(painted(inside), 0.0, 1.0)[1]
+        assert find_figure(painted(inside), FigureRule(0.0, 1.0, 0.0))[1]
+
+
+def test_a_second_thing_beside_the_figure_is_none_of_it():
+    inside, other = disc((48, 48), 16), disc((48, 84), 6)
+    found, told = find_figure(painted(inside | other), RULE)
+    assert told
+    assert torch.equal(found, find_figure(painted(inside), RULE)[0])
+
+
+def test_a_threshold_that_explains_little_tells_nothing():
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 3, SIDE, SIDE), dtype=np.uint8))
+    anything = FigureRule(0.0, 1.0, 0.0)
+    assert find_figure(noise, anything)[1]
+    assert not find_figure(noise, anything._replace(min_explained=0.8))[1]
+    assert find_figure(painted(disc()), anything._replace(min_explained=0.8))[1]
 
 
 def test_the_figure_moves_with_its_picture():
     image = torch.cat([painted(disc((40 + i, 52 - i), 18 + i)) for i in range(8)])
-    views = FigureViews(PretrainViews(64, (0.4, 1.0)), 0.01, 0.25)
+    views = FigureViews(PretrainViews(64, (0.4, 1.0)), RULE)
     torch.manual_seed(0)
     batch = views(Batch(image, [str(i) for i in range(8)]))
     assert batch.mask is None
     assert batch.extra["told"].tolist() == [1.0] * 8
     red = batch.image[:, :1]
     middle = (red.amax((2, 3), keepdim=True) + red.amin((2, 3), keepdim=True)) / 2
-    seen = F.avg_pool2d((red < middle).float(), 4)
+    seen = (red < middle).float()
     assert (seen - batch.extra["figure"]).abs().mean() < 0.03
     shares = seen.mean((1, 2, 3))
     assert shares.max() > 1.3 * shares.min()  # they were cropped, not only resized
@@ -119,6 +170,8 @@ def test_a_picture_without_a_figure_teaches_nothing():
     torch.testing.assert_close(subject(other)["loss"], terms["loss"])
     alone = replace(batch, image=batch.image[:1], extra={k: v[:1] for k, v in batch.extra.items()})
     torch.testing.assert_close(2 * terms["loss"], subject(alone)["loss"])
+    logits = subject.segmenter(alone.image).logits
+    torch.testing.assert_close(subject(alone)["loss"], cross_entropy_dice(logits, alone.extra["figure"])["loss"])
     assert terms["told"] == 0.5
 
 
@@ -142,16 +195,16 @@ def test_it_learns_where_the_figures_are():
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    share = batch.extra["figure"].mean()
-    guess = -(share * share.log() + (1 - share) * (1 - share).log())  # of who knows only how large they are
-    assert loss < 0.5 * guess
+    share = batch.extra["figure"].mean((1, 2, 3))
+    guess = loss_of_each(torch.logit(share).view(-1, 1, 1, 1).expand(-1, 1, 64, 64), batch.extra["figure"])
+    assert loss < 0.5 * guess.mean()  # of who knows only how large they are
 
 
 @pytest.mark.parametrize(("picture", "stops"), [(disc(), False), (torch.zeros(SIDE, SIDE, dtype=torch.bool), True)])
 def test_pictures_without_figures_stop_the_training_with_a_sentence(picture, stops):
     subject = made()
     batch = subject.views()(Batch(painted(picture).expand(2, -1, -1, -1), ["a", "b"]))
-    cut = batch.extra | {"figure": batch.extra["figure"][..., :8, :8]}
+    cut = batch.extra | {"figure": batch.extra["figure"][..., :32, :32]}
     small = replace(batch, image=batch.image[..., :32, :32], extra=cut)  # for speed
     for _ in range(FIRST - 1):
         subject(small)
@@ -164,7 +217,9 @@ def test_pictures_without_figures_stop_the_training_with_a_sentence(picture, sto
         subject.after_step(0.1)
 
 
-@pytest.mark.parametrize("settings", [{"min_area": -0.1}, {"max_border": 1.5}])
+@pytest.mark.parametrize(
+    "settings", [{"min_area": -0.1}, {"max_border": 1.5}, {"dice_weight": 2}, {"min_explained": 1.1}]
+)
 def test_shares_outside_their_range_are_a_sentence(settings):
     with pytest.raises(UserError, match=r"cannot be .*: give a share between 0 and 1"):
         made(**settings)

@@ -146,14 +146,21 @@ def test_a_section_is_shown_exactly_when_its_material_exists(
 
 
 @pytest.mark.parametrize(
-    ("method", "name"),
-    [("g2ll", "G2LL"), ("simmim", "SimMIM"), ("figure", "figure"), ("boundary_distance", "boundary distance")],
+    ("method", "facts", "told"),
+    [
+        ("g2ll", {"product": "encoder"}, "An encoder pre-trained with G2LL on "),
+        ("simmim", {}, "An encoder pre-trained with SimMIM on "),
+        ("figure", {"product": "segmenter"}, "A segmenter pre-trained with figure on "),
+        ("boundary_distance", {"product": "encoder"}, "An encoder pre-trained with boundary distance on "),
+    ],
 )
-def test_an_encoder_alone_is_told_with_its_method_as_it_is_written(make_run: MakeRun, method: str, name: str) -> None:
+def test_what_was_pretrained_alone_is_told_with_its_method_as_it_is_written(
+    make_run: MakeRun, method: str, facts: dict[str, str], told: str
+) -> None:
     run = make_run(without=("metrics", "cases", "pictures", "export", "finetune"))
     path = run / "pretrain" / "stage.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "method": method}))
-    assert f"An encoder pre-trained with {name} on " in page_of(run).all("h1")[0].text
+    path.write_text(json.dumps({**json.loads(path.read_text()), "method": method, **facts}))
+    assert told in page_of(run).all("h1")[0].text
 
 
 def test_without_a_test_split_the_page_says_what_its_figure_is_worth(make_run: MakeRun) -> None:

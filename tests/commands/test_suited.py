@@ -1,0 +1,103 @@
+"""Pre-training by figures in a chain: when it is taken, and what fine-tuning begins with after it."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewmask.commands.chain import LEAST_AGREEMENT, suited
+from fewmask.commands.stages import objective_for
+from fewmask.config import load_recipe
+from fewmask.models import load_model
+from tests.commands.conftest import TINY
+
+SIDE = 72
+# Of TINY, what does not belong to the method that figures replace.
+WORDS = [word for word in TINY if not word.startswith("pretrain.method")]
+FIGURE = [*WORDS, "pretrain.method.name=figure"]
+
+
+def disc(row, column, radius):
+    y, x = np.mgrid[:SIDE, :SIDE]
+    return (y - row) ** 2 + (x - column) ** 2 < radius**2
+
+
+def prepared(things, masks):
+    """Return data of dark things on light ground, uint8, with masks of their own."""
+    images = np.where(np.stack(things)[..., None], (90, 40, 30), (220, 180, 170)).astype(np.uint8)
+    coverage = (np.stack(masks) * 255).astype(np.uint8)
+    return SimpleNamespace(dataset=SimpleNamespace(images=images, masks=coverage), labelled=list(range(len(images))))
+
+
+THINGS = [disc(36, 36 + i, 12 + i) for i in range(4)]
+ELSEWHERE = [disc(8, 8, 6)] * 4
+NOTHING = [np.zeros((SIDE, SIDE), dtype=bool)] * 4
+
+
+@pytest.mark.parametrize(
+    ("things", "masks", "method"),
+    [
+        (THINGS, THINGS, "figure"),
+        (THINGS, ELSEWHERE, "simmim"),
+        (NOTHING, ELSEWHERE, "simmim"),
+        (THINGS, NOTHING, "simmim"),
+        (THINGS, THINGS[:3] + NOTHING[:1], "figure"),  # an empty mask says nothing about what is marked
+        (THINGS[:1] + NOTHING[:3], THINGS, "simmim"),  # what is rarely found agrees rarely
+    ],
+)
+def test_figures_are_learnt_where_they_are_what_the_masks_mark(things, masks, method, capsys):
+    recipe = load_recipe("run", [*FIGURE, "pretrain.lr=0.007", "pretrain.method.max_border=0.2"])
+    found = suited(recipe, prepared(things, masks), objective_for("pretrain", recipe, "none"))
+    assert found.stage("pretrain").method["name"] == method
+    assert (found == recipe) == (method == "figure")
+    assert found.stage("pretrain").lr == 0.007
+    said = capsys.readouterr().err
+    assert f"by method '{method}'" in said
+    share = float(said.split("Dice of ")[1].split()[0])
+    assert (share >= LEAST_AGREEMENT) == (method == "figure")
+
+
+def test_another_method_is_left_as_it_is():
+    recipe = load_recipe("run", TINY)
+    assert suited(recipe, prepared(THINGS, ELSEWHERE), objective_for("pretrain", recipe, "none")) is recipe
+
+
+def test_agreement_is_the_mean_dice_of_what_was_found():
+    recipe = load_recipe("run", FIGURE)
+    objective = objective_for("pretrain", recipe, "none")
+    half = [thing & (np.arange(SIDE) < 36 + i) for i, thing in enumerate(THINGS)]
+    data = prepared(THINGS, half).dataset
+    whole = np.mean([2 * h.sum() / (h.sum() + t.sum()) for h, t in zip(half, THINGS, strict=True)])
+    assert objective.agreement(data.images, data.masks) == pytest.approx(whole, abs=0.03)
+
+
+def draw(folder, num=12, num_masked=10):
+    """Write pictures of one dark disc each, all but the last two with a mask; return their folder."""
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(num):
+        thing = disc(32 + i % 5, 40 - i % 7, 12 + i)
+        picture = np.where(thing[..., None], (90, 40 + i, 30), (220, 180, 170 - i)).astype(np.uint8)
+        Image.fromarray(picture).save(folder / "images" / f"{i:02d}.png")
+        if i < num_masked:
+            Image.fromarray((thing * 255).astype(np.uint8)).save(folder / "masks" / f"{i:02d}.png")
+    return folder
+
+
+def test_the_chain_begins_its_fine_tuning_with_the_decoder_that_learnt_figures(tmp_path, fewmask):
+    code, _, err = fewmask("run", draw(tmp_path / "data"), "--out", tmp_path / "run", *FIGURE, "model.size=64")
+    assert code == 0, err
+    assert "by method 'figure'" in err
+    path = tmp_path / "run" / "pretrain" / "model.safetensors"
+    facts = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())
+    assert facts["weights"] == str(path)
+    learnt, _ = load_model(path)
+    recipe = load_recipe("run", [*FIGURE, "model.size=64"])
+    start = objective_for("finetune", recipe, str(path)).segmenter.state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in learnt.state_dict().items())
+    assert any(not name.startswith("encoder.") for name in start)
