@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewmask.auxiliary import AUXILIARY
-from fewmask.models import build_encoder
+from fewmask.models import build_encoder, build_segmenter
 from fewmask.pretrain import PRETRAINERS
 from fewmask.pretrain.figure import Figure
 from fewmask.registry import build
@@ -23,8 +23,10 @@ SETTINGS = {"dino": {**SMALL, "freeze_last": 0.0}, "g2ll": SMALL, "tedmae": SMAL
 
 def given(method: str, encoder: str) -> dict:
     """What the program supplies beside the recipe's settings."""
-    classes = {"num_classes": 2} if method == "supervised" else {}
-    return {"encoder": build_encoder(encoder, size=64), **classes}
+    built = build_encoder(encoder, size=64)
+    if method == "figure":
+        return {"segmenter": build_segmenter("unet" if built.kind == "cnn" else "transunet", built), "size": 64}
+    return {"encoder": built, **({"num_classes": 2} if method == "supervised" else {})}
 
 
 def objective(method: str, encoder: str = "vit_tiny_patch16", **settings):
@@ -54,7 +56,7 @@ def coloured_batch() -> Batch:
 
 
 @pytest.mark.parametrize(("method", "encoder"), CASES)
-def test_loss_is_finite_and_its_gradient_reaches_the_whole_encoder(method, encoder):
+def test_loss_is_finite_and_its_gradient_reaches_the_whole_product(method, encoder):
     subject = objective(method, encoder)
     terms = subject(viewed(subject))
     assert all(t.ndim == 0 and t.isfinite() for t in terms.values())
@@ -66,10 +68,10 @@ def test_loss_is_finite_and_its_gradient_reaches_the_whole_encoder(method, encod
 
 
 @pytest.mark.parametrize(("method", "encoder"), CASES)
-def test_product_is_the_encoder_that_was_given(method, encoder):
+def test_product_is_the_network_that_was_given(method, encoder):
     supplied = given(method, encoder)
     made = build(PRETRAINERS[method], SETTINGS.get(method, {}), "method", **supplied)
-    assert made.product() is supplied["encoder"]
+    assert made.product() is supplied["segmenter" if method == "figure" else "encoder"]
 
 
 @pytest.mark.parametrize(("method", "encoder"), CASES)
@@ -111,7 +113,7 @@ def test_loss_is_a_function_of_the_seed(method):
 
 
 @pytest.mark.parametrize("method", PRETRAINERS)
-def test_views_give_normalised_pictures_of_the_encoders_size(method):
+def test_views_give_normalised_pictures_of_the_networks_size(method):
     subject = objective(method)
     batch = subject.views()(loaded(subject, 3, side=80))
     assert batch.image.shape == (3, 3, 64, 64)
