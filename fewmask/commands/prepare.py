@@ -38,11 +38,12 @@ class Prepared:
         return [case for case in self.cases if case.split == split and case.mask is not None]
 
 
-def prepare(run: Run, recipe: Recipe) -> Prepared:
+def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     """Load, audit, split and cache the data; writes audit.json and cases.csv into the run.
 
-    Raises a UserError when the audit finds errors, when the data are not those the run began with, when there are too
-    few masks to train and to validate on, or when a model that the recipe names has learnt from a test image.
+    Data without any mask are not split, unless `needs_masks`. Raises a UserError when the audit finds errors, when the
+    data are not those the run began with, when there are too few masks to train and to validate on, or when a model
+    that the recipe names has learnt from a test image.
     """
     settings = recipe.data
     if settings.root is None:
@@ -55,13 +56,14 @@ def prepare(run: Run, recipe: Recipe) -> Prepared:
     linked = [(a, b) for a, b, _ in found["duplicates"]]
     if settings.num_folds or settings.fold:
         cases = hold_out_fold(cases, settings.num_folds, settings.fold, settings.split_seed, linked)
-    cases = assign_splits(
-        cases,
-        seed=settings.split_seed,  # not run.seed: several seeds are scored on the same images
-        val_fraction=settings.val_fraction,
-        test_fraction=settings.test_fraction,
-        linked=linked,
-    )
+    if needs_masks or any(case.mask for case in cases):
+        cases = assign_splits(
+            cases,
+            seed=settings.split_seed,  # not run.seed: several seeds are scored on the same images
+            val_fraction=settings.val_fraction,
+            test_fraction=settings.test_fraction,
+            linked=linked,
+        )
     trainable = [case for case in cases if case.split == "train" and case.mask is not None]
     drawn_by = recipe.run.seed if settings.label_seed is None else settings.label_seed
     chosen = {case.name for case in label_subset(trainable, settings.label_fraction, drawn_by)}

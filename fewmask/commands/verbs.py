@@ -20,7 +20,7 @@ def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
     configure_torch(recipe)
     budget = parse_time(recipe.run.time)
     with Run(out, name, recipe.resolved(), budget) as folder, interruptible(folder):
-        data = prepare(folder, recipe)
+        data = prepare(folder, recipe, needs_masks=name != "pretrain")
         if name == "pretrain":
             path = pretrain(folder, recipe, data, budget)
         elif name == "distill":

@@ -19,7 +19,8 @@ _UNKNOWN = "not recorded; ask the source"
 def find_segmenter(run: Path, stage: str | None = None) -> Path:
     """Return the file of the run's segmenter: of a stage, or the distilled one, else the fine-tuned one.
 
-    Raises UserError where there is none.
+    Of `fewmask pretrain` alone it is the pre-trained one, where that is a segmenter; a chain that has come no further
+    has none yet. Raises UserError where there is none.
     """
     if not run.is_dir():
         raise UserError(f"There is no run folder {run}; give the folder named by --out when the run was started.")
@@ -27,7 +28,15 @@ def find_segmenter(run: Path, stage: str | None = None) -> Path:
         path = run / name / "model.safetensors"
         if path.is_file():
             return path
+    pretrained = run / "pretrain" / "model.safetensors"
+    if stage is None and pretrained.is_file() and _pretrains_segmenter(run):
+        return pretrained
     raise UserError(f"{run} has no segmenter yet (no finetune/model.safetensors); finish 'fewmask run' first.")
+
+
+def _pretrains_segmenter(run: Path) -> bool:
+    record, done = _read(run / "run.json") or {}, _read(run / "pretrain" / "stage.json") or {}
+    return record.get("verb") == "pretrain" and done.get("product") == "segmenter"
 
 
 def input_size(spec: dict[str, Any], path: Path) -> int:

@@ -77,8 +77,8 @@ def test_agreement_is_the_mean_dice_of_what_was_found():
 
 
 def draw(folder, num=12, num_masked=10):
-    """Write pictures of one dark disc each, all but the last two with a mask; return their folder."""
-    for kind in ("images", "masks"):
+    """Write pictures of one dark disc each, the first `num_masked` with a mask; return their folder."""
+    for kind in ("images", "masks") if num_masked else ("images",):
         (folder / kind).mkdir(parents=True)
     for i in range(num):
         thing = disc(32 + i % 5, 40 - i % 7, 12 + i)
@@ -101,3 +101,23 @@ def test_the_chain_begins_its_fine_tuning_with_the_decoder_that_learnt_figures(t
     start = objective_for("finetune", recipe, str(path)).segmenter.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in learnt.state_dict().items())
     assert any(not name.startswith("encoder.") for name in start)
+
+
+def test_pictures_without_any_mask_give_a_model_that_draws_first_ones(tmp_path, fewmask):
+    data, run = draw(tmp_path / "data", num_masked=0), tmp_path / "run"
+    words = [word for word in FIGURE if not word.startswith(("finetune", "distill", "model.size"))]
+    words += ["model.size=64", "pretrain.epochs=15", "pretrain.lr=0.01", f"data.root={data}", f"run.out={run}"]
+    code, _, err = fewmask("pretrain", "figure", *words)
+    assert code == 0, err
+    code, _, err = fewmask("predict", run, data / "images", "--out", tmp_path / "masks")
+    assert code == 0, err
+    dice = []
+    for i in range(12):
+        with Image.open(tmp_path / "masks" / f"{i:02d}.png") as mask:
+            found = np.asarray(mask) > 0
+        thing = disc(32 + i % 5, 40 - i % 7, 12 + i)
+        dice.append(2 * (found & thing).sum() / (found.sum() + thing.sum()))
+    assert np.mean(dice) > 0.8
+    code, _, err = fewmask("finetune", "unet", f"data.root={data}", f"run.out={tmp_path / 'fine'}")
+    assert code == 1
+    assert "The data hold no masks" in err

@@ -35,6 +35,24 @@ def test_the_distilled_segmenter_comes_first(tmp_path: Path) -> None:
         assert find_segmenter(tmp_path).parent.name == stage
 
 
+@pytest.mark.parametrize(
+    ("verb", "product", "found"),
+    [("pretrain", "segmenter", True), ("pretrain", "encoder", False), ("run", "segmenter", False)],
+)
+def test_a_pretrained_segmenter_is_the_runs_only_where_nothing_else_was_wanted(
+    tmp_path: Path, verb: str, product: str, found: bool
+) -> None:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "model.safetensors").touch()
+    (tmp_path / "run.json").write_text(json.dumps({"verb": verb}))
+    (tmp_path / "pretrain" / "stage.json").write_text(json.dumps({"product": product}))
+    if found:
+        assert find_segmenter(tmp_path).parent.name == "pretrain"
+        return
+    with pytest.raises(UserError, match="no segmenter yet"):
+        find_segmenter(tmp_path)
+
+
 def test_a_run_describes_itself_and_claims_nothing_it_does_not_know(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     _, spec = load_model(find_segmenter(run))
