@@ -21,6 +21,7 @@ from fewmask.types import Batch, UserError, Views
 
 CELLS = 32  # along each side of the small picture that is split
 BINS = 64  # of the histogram that Otsu's threshold is sought in
+LOWERED = 0.35
 SPREAD = 0.15  # standard deviation of the weights that make the middle, in sides of the picture
 BORDER = 3  # cells
 FIRST = 100  # steps after which the guard looks
@@ -32,7 +33,7 @@ class FigureRule(NamedTuple):
 
     It covers at least `min_area` of the picture and at most `max_border` of its border, and the threshold explains at
     least `min_explained` of the variance along the line that it splits. The defaults were chosen on 300 training
-    images of ISIC-2017 with their masks, where the 86 % that are told have a Dice of .83 with them.
+    images of ISIC-2017 with their masks, where the 83 % that are told have a Dice of .84 with them.
     """
 
     min_area: float
@@ -64,7 +65,7 @@ class Figure(Objective):
         min_area: float = 0.01,
         max_border: float = 0.25,
         min_explained: float = 0.5,
-        crop_scale: tuple[float, float] = (0.4, 1.0),
+        crop_scale: tuple[float, float] = (0.2, 1.0),
         vertical_flip: bool = True,
     ) -> None:
         rule = FigureRule(min_area, max_border, min_explained)
@@ -158,9 +159,9 @@ def find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
     """Return the figures bool (b, 1, 32, 32) of pictures uint8 (b, 3, h, w), and whether each is one: bool (b,).
 
     The cells' colours, each the mean of three by three so that hairs and rulers go, are projected on the line from the
-    border's mean to the middle's (Gaussian weights) and split by Otsu's threshold; the figure is what is connected, on
-    the side towards the middle, to the cell nearest to the middle. It is one if it is as `rule` says. Brighter or
-    darker makes no difference.
+    border's mean to the middle's (Gaussian weights) and split by Otsu's threshold, which is then lowered so that soft
+    margins belong to the figure. This is what is connected, on the side towards the middle, to the cell nearest to the
+    middle, and it is one if it is as `rule` says. Brighter or darker makes no difference.
     """
     cells = F.adaptive_avg_pool2d(image.float(), CELLS)
     cells = F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -171,10 +172,19 @@ def find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
     middle, edge = ((cells * w).sum((2, 3), keepdim=True) / w.sum() for w in (weight, border))
     along = ((cells - edge) * (middle - edge)).sum(1).flatten(1)
     above, explained = split_by_otsu(along)
-    figure = connected(above.view(-1, 1, CELLS, CELLS), weight)
+    figure = connected(lowered(along, above).view(-1, 1, CELLS, CELLS), weight)
     area, on_border = figure.float().mean((1, 2, 3)), (figure * border).sum((1, 2, 3)) / border.sum()
     told = (area > 0) & (area >= rule.min_area) & (on_border <= rule.max_border) & (explained >= rule.min_explained)
     return figure, told
+
+
+def lowered(values: Tensor, above: Tensor) -> Tensor:
+    """Return which of the values (b, n) lie above 0.35 of the way from the mean of those below to that of those above.
+
+    Our choice: Otsu's threshold, about the middle of that way, leaves a fifth of a lesion's area out.
+    """
+    high, low = ((values * part).sum(1) / part.sum(1).clamp_min(1) for part in (above.float(), (~above).float()))
+    return (values > (low + LOWERED * (high - low))[:, None]) & above.any(1, keepdim=True)
 
 
 def connected(inside: Tensor, weight: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fewmask.pretrain.figure import (
     FigureViews,
     connected,
     find_figure,
+    lowered,
     split_by_otsu,
 )
 from fewmask.types import Batch, UserError
@@ -69,6 +70,18 @@ def test_a_row_of_one_value_has_none_above_and_nothing_explained():
     above, explained = split_by_otsu(torch.full((1, 9), 7.0))
     assert not above.any()
     assert explained.item() == 0
+
+
+def test_the_threshold_is_lowered_to_a_share_of_the_way_between_the_means():
+    values = torch.tensor([[0.0, 1.0, 2.0, 3.9, 4.1, 9.0, 10.0, 11.0], [5.0] * 8])
+    above = values > 8
+    # Means 2.2 and 10.0: 0.35 of the way is 4.93; then a row where nothing is above.
+    assert torch.equal(lowered(values, above), values > 8)
+    above[0, 4] = True  # means 1.725 and 8.525: 4.105
+    assert lowered(values, above)[0].tolist() == [False] * 5 + [True] * 3
+    above[0, 3] = True  # means 1 and 7.6: 3.31
+    assert lowered(values, above)[0].tolist() == [False] * 3 + [True] * 5
+    assert not lowered(values, above)[1].any()
 
 
 @given(st.integers(0, 2**31), st.floats(0.3, 0.8), st.integers(2, 14))
