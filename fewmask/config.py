@@ -97,6 +97,7 @@ class StudentSection(Section):
 
     `weights` may also be "teacher": where student and teacher have the same encoder, it starts from the teacher's, and
     where they are the same network altogether, from the whole of it; of several teachers, from the best by validation.
+    A run or a model file fills the network likewise: the encoder, and where the rest is the same, that too.
     """
 
     encoder: str = "efficientnet_lite0"
@@ -120,11 +121,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class StageSection(Section):
     """One training: its method and how it is optimised.
 
-    In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest. `probe_every` is the
-    number of epochs between two looks at how well the features tell classes apart (pre-training only; 0: never).
+    In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest. `instead` is the method
+    that a chain pre-trains by where `figure` is not for the images ("none": `figure` all the same). `probe_every` is
+    the number of epochs between two looks at how well the features tell classes apart (pre-training only; 0: never).
     """
 
     method: dict[str, Any]
+    instead: dict[str, Any] | Literal["none"] = "none"
     epochs: Annotated[int, Field(ge=0)] = 50
     batch_size: Annotated[int, Field(ge=1)] = 16
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -141,11 +144,11 @@ class StageSection(Section):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     probe_every: Annotated[int, Field(ge=0)] = 0
 
-    @field_validator("method")
+    @field_validator("method", "instead")
     @classmethod
-    def _named(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(value.get("name"), str):
-            raise ValueError("it needs a name, such as method.name=mae")
+    def _named(cls, value: dict[str, Any] | str, info: ValidationInfo) -> dict[str, Any] | str:
+        if isinstance(value, dict) and not isinstance(value.get("name"), str):
+            raise ValueError(f"it needs a name, such as {info.field_name}.name=mae")
         return value
 
 

@@ -23,9 +23,9 @@ from fewmask.commands.stages import configure_torch, finetune, objective_for, pr
 from fewmask.config import Recipe, StageSection, load_recipe, parse_time
 from fewmask.deploy.latency import measure_latency
 from fewmask.engine.run import Run, interruptible, is_main, read_json, write_json
-from fewmask.engine.stage import Progress
+from fewmask.engine.stage import Progress, Stage
 from fewmask.objective import Objective
-from fewmask.pretrain.figure import Figure
+from fewmask.pretrain.figure import LEAST_TOLD, Figure
 from fewmask.report.build import build_report
 from fewmask.types import UserError
 
@@ -76,6 +76,8 @@ def chain(recipe: Recipe, out: Path) -> None:
     stand_in = objective_for("finetune", recipe, "none").product()
     pretrains = recipe.pretrain is not None and recipe.pretrain.epochs > 0
     before = objective_for("pretrain", recipe, "none", num_classes=2) if pretrains else None
+    if isinstance(before, Figure):
+        check_instead(recipe)
     distils = recipe.distill is not None and recipe.distill.epochs > 0
     if distils:
         check_before_training(recipe, stand_in)
@@ -89,7 +91,8 @@ def chain(recipe: Recipe, out: Path) -> None:
             unmasked(recipe.distill, prepared)  # a mistake is told now and not after hours of training the teacher
         weights = recipe.model.weights
         if before is not None and worth_pretraining(recipe, prepared):
-            recipe = suited(recipe, prepared, before)
+            if not Stage(folder, "pretrain").done:
+                recipe = suited(recipe, prepared, before)
             share = recipe.stage("pretrain").share
             weights = str(pretrain(folder, recipe, prepared, time_for(folder, prepared, share)))
         share = share_of_teacher(recipe.stage("finetune")) if distils else 1.0
@@ -117,23 +120,49 @@ def worth_pretraining(recipe: Recipe, data: Prepared) -> bool:
 
 
 def suited(recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
-    """Return the recipe, its pre-training "simmim" instead of "figure" where figures are not what the masks mark.
+    """Return the recipe, pre-training by its `instead` where figures are not what the masks mark, or hardly found.
 
     Our choice: at most 200 of the training masks are looked at, and a mean Dice of 0.4 is asked for, which lesions in
-    two sets have (0.7) and lungs in X-rays do not (0.1).
+    two sets have (0.7) and lungs in X-rays do not (0.1); of at most 200 of the images to pre-train on, as many must
+    have a figure as the training itself asks for.
     """
-    if not isinstance(objective, Figure):
+    section = recipe.stage("pretrain")
+    if not isinstance(objective, Figure) or section.instead == "none":
         return recipe
     assert data.dataset.masks is not None
-    rows = data.labelled[:: math.ceil(len(data.labelled) / NUM_COMPARED)]
+    rows = some_of(data.labelled)
     found = objective.agreement(data.dataset.images[rows], data.dataset.masks[rows])
-    line, told = Progress("pretrain"), f"what a threshold on colours finds has a Dice of {found:.2f} with your masks"
-    if found >= LEAST_AGREEMENT:
+    share = float(objective.look(data.dataset.images[some_of(data.body)])[1].float().mean()) if data.body else 0.0
+    told = (
+        f"a threshold on colours has a Dice of {found:.2f} with your masks, and finds a thing in {share:.0%} of images"
+    )
+    line = Progress("pretrain")
+    if found >= LEAST_AGREEMENT and share >= LEAST_TOLD:
         line.close(f"by method 'figure': {told}")
         return recipe
-    line.close(f"by method 'simmim' instead of 'figure': {told}")
-    section = recipe.stage("pretrain")
-    return recipe.model_copy(update={"pretrain": section.model_copy(update={"method": {"name": "simmim"}})})
+    line.close(f"by method '{section.instead['name']}' instead of 'figure': {told}")
+    return with_method(recipe, section.instead)
+
+
+def some_of(rows: list[int]) -> list[int]:
+    """Return at most 200 of the rows, evenly."""
+    return rows[:: math.ceil(len(rows) / NUM_COMPARED)]
+
+
+def with_method(recipe: Recipe, method: dict[str, Any]) -> Recipe:
+    """Return the recipe with another method of pre-training."""
+    return recipe.model_copy(update={"pretrain": recipe.stage("pretrain").model_copy(update={"method": method})})
+
+
+def check_instead(recipe: Recipe) -> None:
+    """Raise a UserError where the method that may take the place of `figure` cannot be built."""
+    if (instead := recipe.stage("pretrain").instead) == "none":
+        return
+    try:
+        objective_for("pretrain", with_method(recipe, instead), "none", num_classes=2)
+    except UserError as error:
+        told = str(error).replace("pretrain.method", "pretrain.instead")
+        raise UserError(f"{told} (Of pretrain.instead; with pretrain.instead=none it is not needed.)") from None
 
 
 def time_for(folder: Run, data: Prepared, share: float = 1.0) -> float | None:

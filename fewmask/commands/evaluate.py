@@ -118,6 +118,11 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
     masked = [case for case in cases if case.mask is not None]
     hashes, uses, by_id = content_hashes(masked), read_json(home / "contents.json"), used_ids(home)
     use = {case.name: uses.get(hashes[case.image]) or by_id.get(public_id(case.image) or "") for case in masked}
+    if masked and set(use.values()) == {"unlabelled"}:
+        raise UserError(
+            f"{run} was pre-trained on all these images, without their masks: no figure of it on them would be of new "
+            "images. Evaluate it on images that it has not seen, or fine-tune a segmenter that keeps a test split."
+        )
     if masked and all(use.values()):
         if split == "all":
             raise UserError("--split all would score images this run was trained on; choose test or val.")

@@ -31,7 +31,7 @@ class NotTrainedError(UserError):
 class Job:
     """What is done in one run folder, with which recipe, and from what earlier jobs left.
 
-    `weights` is the model file a fine-tuning's encoder starts from, None for the recipe's; `teachers` are run folders
+    `weights` is the model file a fine-tuning starts from, None for the recipe's; `teachers` are run folders
     or model files or a selection's folder: whom a distillation learns from, or an ensemble's members. With `candidate`,
     (task, mode) or ("", "") for the best, the only member is that candidate of the selection. Pre-trainings and
     selections are not scored, nor what is not to be (`scored`).

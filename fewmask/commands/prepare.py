@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Prepared:
 def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     """Load, audit, split and cache the data; writes audit.json and cases.csv into the run.
 
-    Data without any mask are not split, unless `needs_masks`. Raises a UserError when the audit finds errors, when the
+    Unless `needs_masks`, data without any mask are not split, and masks of one patient or lesion alone, which cannot be
+    split, are left aside. Raises a UserError when the audit finds errors, when the
     data are not those the run began with, when there are too few masks to train and to validate on, or when a model
     that the recipe names has learnt from a test image.
     """
@@ -49,6 +50,8 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     if settings.root is None:
         raise UserError("No data were named; give the folder, for example data.root=my_images.")
     cases = load_cases(settings.root, Path(settings.manifest) if settings.manifest else None, settings.unlabelled)
+    if not needs_masks:
+        cases = without_few_masks(cases)
     facts = _facts(cases, settings)
     run.compare_data(facts)
     found = audited(run.folder / "audit.json", cases, facts["fingerprint"], cache_folder(recipe))
@@ -91,6 +94,15 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
             "same_group": sum(use == "excluded-group" for use in uses.values()),
         },
     )
+
+
+def without_few_masks(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases, without their masks where these are of fewer than two patients or lesions."""
+    masked = [case for case in cases if case.mask is not None]
+    if not masked or len({case.group or case.name for case in masked}) > 1:
+        return list(cases)
+    Progress("check").close("the masks are of one patient or lesion: too few to set any aside, and left out")
+    return [replace(case, mask=None) for case in cases]
 
 
 def audited(path: Path, cases: Sequence[Case], print_: str, memory: Path | None = None) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
 from fewmask.finetune import FINETUNERS
 from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, encoder_of, save_model
-from fewmask.models.weights import load_decoder
+from fewmask.models.weights import WORDS, load_decoder
 from fewmask.objective import Objective
 from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import build, choose
@@ -154,7 +154,10 @@ def objective_for(stage: str, recipe: Recipe, weights: str, num_classes: int = 0
         offered |= {"encoder": encoder, "num_classes": num_classes, "size": size}
         if "segmenter" in asked:
             offered["segmenter"] = build_segmenter(model.segmenter, encoder, **model.segmenter_settings)
-            load_decoder(offered["segmenter"], weights)
+            whole = load_decoder(offered["segmenter"], weights)
+            if weights not in WORDS:
+                parts = "encoder and decoder" if whole else "the encoder alone"
+                Progress(stage).close(f"begins with {parts} of {weights}")
     # Of what is offered, a method is given what its constructor asks for.
     given = {name: value for name, value in offered.items() if name in asked}
     return build(factory, settings, f"{stage}.method", **given)

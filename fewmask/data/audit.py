@@ -235,7 +235,7 @@ def _judge_number(result: Audit, cases: Sequence[Case]) -> None:
     labelled = [case for case in cases if case.mask is not None]
     groups = {case.group or case.name for case in labelled}
     if not labelled:
-        text = "No image has a mask: that is enough to pretrain, not to segment."
+        text = "No image has a mask: that is enough to pre-train, not to learn from masks."
         result.warnings.append(Finding("no-masks", (), text))
         return
     if len(groups) < 2:

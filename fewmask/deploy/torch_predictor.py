@@ -16,7 +16,7 @@ class TorchPredictor(ImagePredictor):
     """The segmenter of a run folder, run by torch. Raises UserError where the run has none."""
 
     def __init__(self, run: str | os.PathLike[str], device: str = "cpu", stage: str | None = None) -> None:
-        """Load a stage's segmenter (the distilled one, else the fine-tuned one) on a device of torch."""
+        """Load a stage's segmenter (distilled, else fine-tuned, else pre-trained) on a device of torch."""
         from fewmask.models import load_model
 
         self.path = find_segmenter(Path(run), stage)

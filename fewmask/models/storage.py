@@ -64,7 +64,7 @@ def read_model_file(path: Path) -> ModelFile:
 def find_model_file(path: Path) -> Path:
     """Return the model file meant by a path: the file itself, or the last product of a stage or run folder.
 
-    Of a run the pre-trained encoder comes first: who gives a run folder as weights means its pre-training.
+    Of a run the pre-trained model comes first: who gives a run folder as weights means its pre-training.
     """
     if not path.is_dir():
         return path

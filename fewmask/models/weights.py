@@ -1,4 +1,4 @@
-"""Where an encoder's first weights come from: nowhere, a fewmask run, ImageNet over the network, or a package."""
+"""Where a network's first weights come from: nowhere, a fewmask run, ImageNet over the network, or a package."""
 
 from __future__ import annotations
 

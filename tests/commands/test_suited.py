@@ -19,9 +19,9 @@ from fewmask.pretrain.figure import FigureRule, find_figure
 from tests.commands.conftest import TINY
 
 SIDE = 72
-# Of TINY, what does not belong to the method that figures replace.
-WORDS = [word for word in TINY if not word.startswith("pretrain.method")]
-FIGURE = [*WORDS, "pretrain.method.name=figure"]
+# TINY with the method that `run` takes unless told.
+ALONE = [word for word in TINY if not word.startswith("pretrain.method")]
+FIGURE = [*ALONE, "pretrain.instead.mask_patch=16"]
 
 
 def disc(row, column, radius):
@@ -33,7 +33,8 @@ def prepared(things, masks):
     """Return data of dark things on light ground, uint8, with masks of their own."""
     images = np.where(np.stack(things)[..., None], (90, 40, 30), (220, 180, 170)).astype(np.uint8)
     coverage = (np.stack(masks) * 255).astype(np.uint8)
-    return SimpleNamespace(dataset=SimpleNamespace(images=images, masks=coverage), labelled=list(range(len(images))))
+    rows = list(range(len(images)))
+    return SimpleNamespace(dataset=SimpleNamespace(images=images, masks=coverage), labelled=rows, body=rows)
 
 
 THINGS = [disc(36, 36 + i, 12 + i) for i in range(4)]
@@ -64,9 +65,43 @@ def test_figures_are_learnt_where_they_are_what_the_masks_mark(things, masks, me
     assert (share >= LEAST_AGREEMENT) == (method == "figure")
 
 
-def test_another_method_is_left_as_it_is():
-    recipe = load_recipe("run", TINY)
+@pytest.mark.parametrize("words", [TINY, [*FIGURE, "pretrain.instead=none"]])
+def test_another_method_and_one_insisted_on_are_left_as_they_are(words):
+    recipe = load_recipe("run", words)
     assert suited(recipe, prepared(THINGS, ELSEWHERE), objective_for("pretrain", recipe, "none")) is recipe
+
+
+def test_images_without_a_figure_are_not_learnt_from_by_figures_whatever_the_masks_say(capsys):
+    recipe = load_recipe("run", FIGURE)
+    data = prepared([*THINGS, *NOTHING * 20], [*THINGS, *NOTHING * 20])
+    data.labelled = [0, 1, 2, 3]
+    found = suited(recipe, data, objective_for("pretrain", recipe, "none"))
+    assert found.stage("pretrain").method == {"name": "simmim", "mask_patch": 16}
+    assert "finds a thing in 5% of images" in capsys.readouterr().err
+
+
+def test_a_method_that_cannot_take_its_place_is_told_before_the_run(tmp_path, fewmask):
+    words = [*FIGURE, "model.size=64", "pretrain.instead.mask_patch=24"]
+    code, _, err = fewmask("run", draw(tmp_path / "data"), "--out", tmp_path / "run", *words)
+    assert code == 1
+    assert "'mask_patch' = 24 does not divide the image size 64" in err
+    assert "pretrain.instead=none" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_chain_takes_the_other_method_to_its_end(tmp_path, fewmask):
+    data = draw(tmp_path / "data")
+    for path in (data / "masks").iterdir():  # masks of another thing
+        Image.fromarray((ELSEWHERE[0] * 255).astype(np.uint8)).save(path)
+    code, _, err = fewmask("run", data, "--out", tmp_path / "run", *FIGURE, "model.size=64")
+    assert code == 0, err
+    assert "by method 'simmim' instead of 'figure'" in err
+    assert json.loads((tmp_path / "run" / "pretrain" / "stage.json").read_text())["method"] == "simmim"
+    path = tmp_path / "run" / "pretrain" / "model.safetensors"
+    assert f"finetune: begins with the encoder alone of {path}" in err
+    code, _, err = fewmask("run", data, "--out", tmp_path / "run", *FIGURE, "model.size=64")
+    assert code == 0, err
+    assert "instead of" not in err  # what is done is not asked about again
 
 
 def test_agreement_is_the_mean_dice_over_the_masks_that_mark_something():
@@ -100,16 +135,16 @@ def test_the_chain_begins_its_fine_tuning_with_the_decoder_that_learnt_figures(t
     path = tmp_path / "run" / "pretrain" / "model.safetensors"
     facts = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())
     assert facts["weights"] == str(path)
+    assert f"finetune: begins with encoder and decoder of {path}" in err
     learnt, _ = load_model(path)
     recipe = load_recipe("run", [*FIGURE, "model.size=64"])
     start = objective_for("finetune", recipe, str(path)).segmenter.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in learnt.state_dict().items())
-    assert any(not name.startswith("encoder.") for name in start)
 
 
 def test_pictures_without_any_mask_give_a_model_that_draws_first_ones(tmp_path, fewmask):
     data, run = draw(tmp_path / "data", num_masked=0), tmp_path / "run"
-    words = [word for word in FIGURE if not word.startswith(("finetune", "distill", "model.size"))]
+    words = [word for word in ALONE if not word.startswith(("finetune", "distill", "model.size"))]
     words += ["model.size=64", "pretrain.epochs=15", "pretrain.lr=0.01", f"data.root={data}", f"run.out={run}"]
     code, _, err = fewmask("pretrain", "figure", *words)
     assert code == 0, err
@@ -125,3 +160,18 @@ def test_pictures_without_any_mask_give_a_model_that_draws_first_ones(tmp_path, 
     code, _, err = fewmask("finetune", "unet", f"data.root={data}", f"run.out={tmp_path / 'fine'}")
     assert code == 1
     assert "The data hold no masks" in err
+    (tmp_path / "masks").rename(data / "masks")  # corrected, say
+    code, _, err = fewmask("evaluate", run, data)
+    assert code == 1
+    assert "was pre-trained on all these images, without their masks" in err
+
+
+def test_one_mask_is_too_few_to_be_split_and_is_left_aside(tmp_path, fewmask):
+    data, run = draw(tmp_path / "data", num_masked=1), tmp_path / "run"
+    words = [word for word in ALONE if not word.startswith(("finetune", "distill"))]
+    code, _, err = fewmask("pretrain", "figure", *words, f"data.root={data}", f"run.out={run}")
+    assert code == 0, err
+    assert "too few to set any aside" in err
+    uses = json.loads((run / "contents.json").read_text())
+    assert set(uses.values()) == {"unlabelled"}
+    assert len(uses) == 12
