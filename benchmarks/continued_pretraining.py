@@ -134,7 +134,7 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
         "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "script_steps": args.script_steps,
-        "cells": cells, "differences": differences,
+        "protocol": args.protocol, "cells": cells, "differences": differences,
         "pretraining": {name: read_json(path) for name, path in pretrained.items() if path.exists()},
     }  # fmt: skip
 
@@ -143,6 +143,7 @@ def main() -> None:
     """Run the arms one after another and write table.json after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    parser.add_argument("--protocol", default="ISIC-2017", help="what the tables call these data and their splits")
     parser.add_argument("--arm", action="append", default=[], help="a recipe and settings; the control always runs")
     parser.add_argument("--pretrain-time", default="10m")
     parser.add_argument("--finetune-time", default="4m")

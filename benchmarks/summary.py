@@ -86,8 +86,8 @@ def students() -> list[str]:
 def continued() -> list[str]:
     """Return the table of continued pre-training."""
     lines = [
-        "| masks | pre-training | fine-tuning | Dice (95 % interval) | against none, points | HD95, px | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| data | masks | pre-training | fine-tuning | Dice (95 % interval) | against none, points | HD95, px | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for found in by_share("continued_*.json", "cells"):
         for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
@@ -102,7 +102,8 @@ def continued() -> list[str]:
             length = f"{equal.pop()} steps" if len(equal) == 1 else found["finetune_time"]
             length += ", plain script" if found.get("script_steps") else ""
             hd95 = f"{cell['hd95_256']['mean']:.1f}"
-            told = [masks, arm, length, figure(cell["dice"]), difference, hd95, len(cell["seeds"])]
+            data = found.get("protocol", "ISIC-2017")
+            told = [data, masks, arm, length, figure(cell["dice"]), difference, hd95, len(cell["seeds"])]
             lines.append(f"| {' | '.join(map(str, told))} |")
     return lines
 
