@@ -86,7 +86,7 @@ def students() -> list[str]:
 def continued() -> list[str]:
     """Return the table of continued pre-training."""
     lines = [
-        "| data | masks | pre-training | fine-tuning | Dice (95 % interval) | against none, points | HD95, px | seeds |",
+        "| data | masks | pre-training | fine-tuning | Dice (95 %) | against none, points | HD95, px | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for found in by_share("continued_*.json", "cells"):
