@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from fewmask.commands.cost import note_costs
 from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
 from fewmask.commands.jobs import NotTrainedError, fingerprints, run_job
 from fewmask.commands.page import markdown, write_page
-from fewmask.commands.provenance import learnt_before, learnt_ids, public_id
+from fewmask.commands.provenance import learnt_before, learnt_ids
 from fewmask.commands.table import Scene, measure
 from fewmask.commands.tables import Pretrained, Student
-from fewmask.data.contents import content_hashes, fingerprint
+from fewmask.commands.unseen import choose_unseen
+from fewmask.data.contents import fingerprint
 from fewmask.data.manifest import load_cases
 from fewmask.data.splits import hold_out_fold
 from fewmask.engine.run import is_main, read_json, write_json
@@ -140,7 +140,10 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
         )
     learnt, remarks = learnt_before(order.all_teachers, [case for case in masked if case.split == "test"])
     learnt |= learnt_ids(order.all_teachers)
-    to_score, facts = _unseen(order, unseen, cases, learnt) if unseen is not None else ([], {})
+    to_score: list[Case] = []
+    facts: dict[str, Any] = {}
+    if unseen is not None:
+        to_score, facts = choose_unseen(unseen, order.data, cases, learnt, order.grid.num_unseen)
     splits = {case.name: str(case.split or "train") for case in masked}
     known: dict[str, Any] = {"data": fingerprint(cases), "unseen_data": fingerprint(to_score) if to_score else None}
     known |= _teachers_known(order)
@@ -172,37 +175,6 @@ def _not_to_run(order: Order, cases: Sequence[Case]) -> dict[str, str]:
         if needs_others and all_masked and 1.0 in order.fractions:
             reasons[cell_names(name, 1.0, 0)[0]] = "no training image is without a mask; name some with --unlabelled"
     return reasons
-
-
-def _unseen(
-    order: Order, folder: Path, cases: Sequence[Case], learnt: Collection[str]
-) -> tuple[list[Case], dict[str, Any]]:
-    """Return the cases of another data set that no mask was learnt from, and what to tell of them.
-
-    `learnt` holds the content and the public identifiers of the images that given teachers have learnt from.
-    """
-    masked = [case for case in load_cases(folder) if case.mask is not None]
-    hashes = content_hashes([*masked, *cases])
-
-    def known_as(case: Case) -> set[str]:
-        # A public set that was saved anew has other bytes and the same names.
-        return {hashes[case.image], public_id(case.image) or hashes[case.image]}
-
-    trained_on = set(learnt).union(*(known_as(case) for case in cases if case.mask is not None))
-    body = set[str]().union(*(known_as(case) for case in cases if case.mask is None))
-    fresh = sorted((case for case in masked if trained_on.isdisjoint(known_as(case))), key=lambda case: case.name)
-    if not fresh:
-        raise UserError(f"{folder} holds no image with a mask that is not among {order.data}; name another --unseen.")
-    chosen = fresh
-    if 0 < order.grid.num_unseen < len(fresh):
-        chosen = sorted(random.Random(0).sample(fresh, order.grid.num_unseen), key=lambda case: case.name)
-    return chosen, {
-        "name": folder.resolve().name,
-        "num_cases": len(chosen),
-        "num_masked": len(masked),
-        "num_trained_on": len(masked) - len(fresh),
-        "num_in_body": sum(not body.isdisjoint(known_as(case)) for case in chosen),
-    }
 
 
 def remember(order: Order, scene: Scene) -> None:

@@ -156,6 +156,22 @@ def test_a_public_image_that_was_saved_anew_is_not_unseen(split_data, tmp_path):
     assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (2, 3)
 
 
+def test_a_photograph_that_was_trained_on_is_not_unseen_in_another_guise(split_data, tmp_path):
+    masked = [row for row in _manifest(split_data) if row["mask"]]
+    other = make_dataset(tmp_path / "other", 2, 0, size=(64, 80), seed=5)
+    (other / "manifest.csv").unlink()
+    for number, row in enumerate(masked[:3]):  # smaller, turned or mirrored, saved anew, by another name
+        image, mask = Image.open(split_data / row["image"]), Image.open(split_data / row["mask"])
+        turn = list(Image.Transpose)[number]
+        for one, to in ((image, f"images/again{number}.jpg"), (mask, f"masks/again{number}.png")):
+            one.resize((one.width * 3 // 4, one.height * 3 // 4)).transpose(turn).save(other / to)
+    order = place_order("g2ll-table1", "smoke", tmp_path / "out", split_data, None, (), TWO)
+    for _ in range(2):  # looked for, and remembered
+        scene, chosen = survey(order, other)
+        assert not any(case.name.startswith("again") for case in chosen)
+        assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (2, 3)
+
+
 def test_two_processes_may_write_one_page(finished, tmp_path):
     found, want = table(finished), (finished / "table.md").read_text()
     context = multiprocessing.get_context("spawn")
