@@ -323,7 +323,7 @@ def _data_deviations(order: Order, scene: Scene, paper: Paper, trainings: Sequen
         yield (
             f"Unseen data: the paper has {paper.data.get('unseen', 'none')}, here {facts['num_cases']} of the "
             f"{facts['num_masked']} images with a mask of {facts['name']}, {facts['num_trained_on']} left out as they "
-            f"are among the data's own masked images; {facts['num_in_body']} of those scored took part in the "
+            f"show one of the data's own masked images; {facts['num_in_body']} of those scored took part in the "
             f"{'distillation' if order.what.distils else 'pre-training'}, without their masks."
         )
 
