@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewmask import __version__
 from fewmask.commands.provenance import public_id
-from fewmask.data.cache import num_cores
-from fewmask.data.contents import content_hashes, default_cache_folder, fingerprint
-from fewmask.data.hashing import Sketch, near_duplicates, sketch
+from fewmask.data.audit import audit
+from fewmask.data.contents import content_hashes, default_cache_folder
 from fewmask.data.manifest import load_cases
-from fewmask.data.reading import read_image
 from fewmask.engine.run import read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
@@ -28,7 +26,7 @@ def choose_unseen(
 
     `cases` are all of the folder `data` and its additions; `learnt` holds the content and the public identifiers of
     images that given teachers have learnt from. An image is known by its content, by its public identifier, and by
-    showing the same photograph (`near_duplicates`; but for those of `learnt`, of which no picture is at hand). Of
+    showing the same photograph (`audit`; but for those of `learnt`, of which no picture is at hand). Of
     what is left `num_unseen` are drawn, always the same; 0 takes all. Raises a UserError where none is left.
     """
     masked = [case for case in load_cases(folder) if case.mask is not None]
@@ -40,10 +38,9 @@ def choose_unseen(
 
     trained_on = set(learnt).union(*(known_as(case) for case in cases if case.mask is not None))
     body = set[str]().union(*(known_as(case) for case in cases if case.mask is None))
-    fresh = sorted((case for case in masked if trained_on.isdisjoint(known_as(case))), key=lambda case: case.name)
-    shown = same_photographs(fresh, cases) if fresh else {}
-    copies = {case.name for case in fresh if any(cases[other].mask is not None for other in shown.get(case.name, ()))}
-    fresh = [case for case in fresh if case.name not in copies]
+    alike = same_photographs({hashes[case.image]: case.image for case in (*masked, *cases)})
+    shows = {case.name: known_as(case) | alike.get(hashes[case.image], set()) for case in masked}
+    fresh = sorted((case for case in masked if trained_on.isdisjoint(shows[case.name])), key=lambda case: case.name)
     if not fresh:
         raise UserError(f"{folder} holds no image with a mask that is not among {data}; name another --unseen.")
     chosen = fresh
@@ -54,45 +51,29 @@ def choose_unseen(
         "num_cases": len(chosen),
         "num_masked": len(masked),
         "num_trained_on": len(masked) - len(fresh),
-        "num_in_body": sum(case.name in shown or not body.isdisjoint(known_as(case)) for case in chosen),
+        "num_in_body": sum(not body.isdisjoint(shows[case.name]) for case in chosen),
     }
 
 
-def same_photographs(cases: Sequence[Case], others: Sequence[Case]) -> dict[str, list[int]]:
-    """Return, by name, which of the others (their numbers) show the same photograph as a case, copied in some way.
+def same_photographs(pictures: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Return which others of the pictures, given by content, show the same photograph as one, if any, by `audit`.
 
-    Every picture is read, minutes for ten thousand; the answer is kept in the cache folder.
+    Each is read once, a minute or two for ten thousand; the answer is kept in the cache folder.
     """
-    place = default_cache_folder() / "same-photographs"
-    path = place / f"{fingerprint(cases)}-{fingerprint(others)}-{__version__}.json"
-    numbers = {case.name: number for number, case in enumerate(others)}
-    with contextlib.suppress(UserError):  # none there, or a damaged one: it is looked for again
-        return {name: [numbers[other] for other in those] for name, those in read_json(path).items()}
-    hashes = content_hashes([*cases, *others])
-    unique = list({hashes[case.image]: case for case in (*cases, *others)}.items())  # each picture is read once
-    alike: dict[str, set[str]] = {content: {content} for content, _ in unique}
-    for i, j in near_duplicates(_sketches([case for _, case in unique])):
-        for one, other in ((i, j), (j, i)):
-            alike[unique[one][0]].add(unique[other][0])
-    holders: dict[str, list[int]] = {}
-    for number, case in enumerate(others):
-        holders.setdefault(hashes[case.image], []).append(number)
-    found = {
-        case.name: those
-        for case in cases
-        if (those := sorted(n for content in alike[hashes[case.image]] for n in holders.get(content, ())))
-    }
-    with contextlib.suppress(OSError, UserError):  # a cache that cannot be written is done without
-        place.mkdir(parents=True, exist_ok=True)
-        write_json(path, {name: [others[number].name for number in those] for name, those in found.items()})
+    name = hashlib.blake2b("".join(sorted(pictures)).encode(), digest_size=8).hexdigest()
+    path = default_cache_folder() / "same-photographs" / f"{name}-{__version__}.json"
+    try:
+        pairs = read_json(path)["pairs"]
+    except UserError:  # none there, or a damaged one
+        line = Progress("copies of unseen images")
+        result = audit([Case(content, picture) for content, picture in pictures.items()], on_progress=line.count)
+        line.close(f"{len(pictures)} images compared")
+        pairs = [(a, b) for a, b, _ in result.duplicates]
+        with contextlib.suppress(OSError, UserError):  # a cache that cannot be written is done without
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"pairs": pairs})
+    found: dict[str, set[str]] = {}
+    for a, b in pairs:
+        found.setdefault(a, set()).add(b)
+        found.setdefault(b, set()).add(a)
     return found
-
-
-def _sketches(cases: Sequence[Case]) -> list[Sketch]:
-    line, sketches = Progress("copies of unseen images"), []
-    with ThreadPoolExecutor(num_cores()) as pool:
-        for one in pool.map(lambda case: sketch(read_image(case.image)), cases):
-            sketches.append(one)
-            line.count(len(sketches), len(cases))
-    line.close(f"{len(cases)} images compared", only_if_shown=True)
-    return sketches

@@ -156,7 +156,7 @@ def test_a_public_image_that_was_saved_anew_is_not_unseen(split_data, tmp_path):
     assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (2, 3)
 
 
-def test_a_photograph_that_was_trained_on_is_not_unseen_in_another_guise(split_data, tmp_path):
+def test_a_photograph_that_was_trained_on_is_not_unseen_in_another_guise(split_data, tmp_path, capsys):
     masked = [row for row in _manifest(split_data) if row["mask"]]
     other = make_dataset(tmp_path / "other", 2, 0, size=(64, 80), seed=5)
     (other / "manifest.csv").unlink()
@@ -165,11 +165,18 @@ def test_a_photograph_that_was_trained_on_is_not_unseen_in_another_guise(split_d
         turn = list(Image.Transpose)[number]
         for one, to in ((image, f"images/again{number}.jpg"), (mask, f"masks/again{number}.png")):
             one.resize((one.width * 3 // 4, one.height * 3 // 4)).transpose(turn).save(other / to)
+    bare = next(row["image"] for row in _manifest(split_data) if not row["mask"])
+    Image.open(split_data / bare).rotate(90, expand=True).save(other / "images" / "bare.jpg")
+    Image.open(split_data / bare).convert("L").rotate(90, expand=True).point(lambda x: 255 * (x > 99)).save(
+        other / "masks" / "bare.png"
+    )
     order = place_order("g2ll-table1", "smoke", tmp_path / "out", split_data, None, (), TWO)
-    for _ in range(2):  # looked for, and remembered
+    for remembered in (False, True):
         scene, chosen = survey(order, other)
         assert not any(case.name.startswith("again") for case in chosen)
-        assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (2, 3)
+        assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (3, 3)
+        assert scene.unseen["num_in_body"] == 1  # without its mask
+        assert ("images compared" in capsys.readouterr().err) != remembered
 
 
 def test_two_processes_may_write_one_page(finished, tmp_path):
