@@ -58,7 +58,7 @@ def choose_unseen(
 def same_photographs(pictures: Mapping[str, Path]) -> dict[str, set[str]]:
     """Return which others of the pictures, given by content, show the same photograph as one, if any, by `audit`.
 
-    Each is read once, a minute or two for ten thousand; the answer is kept in the cache folder.
+    Each is read once, 18 seconds for 11,000 on two cores; the answer is kept in the cache folder.
     """
     name = hashlib.blake2b("".join(sorted(pictures)).encode(), digest_size=8).hexdigest()
     path = default_cache_folder() / "same-photographs" / f"{name}-{__version__}.json"
