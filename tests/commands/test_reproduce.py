@@ -274,6 +274,14 @@ def test_supervised_without_labels_is_told_and_not_run(split_data, tmp_path):
     assert "| supervised | not run: " in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_row_that_pretrains_the_segmenter_is_fine_tuned_from_all_of_it(split_data, tmp_path, capsys):
+    settings = ('grid.rows=["random", "figure"]', "grid.seeds=1", "grid.fractions=[1.0]", "run.device=cpu")
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), None, tmp_path / "out", settings) == 0
+    told = capsys.readouterr().err
+    assert f"begins with encoder and decoder of {tmp_path / 'out' / 'figure-0'}" in told
+    assert told.count("begins with encoder") == 1
+
+
 def test_a_pretraining_that_ends_badly_is_a_row_of_the_table(split_data, tmp_path):
     settings = ('grid.rows=["mae"]', "pretrain.lr=1e30", "run.device=cpu")
     assert reproduce("tedmae", split_data, None, "smoke", (), None, tmp_path / "out", settings) == 1
