@@ -207,8 +207,8 @@ is missing from the segmentation, and plain training won on the fold that was tr
 """
 
 
-def _masked(mask: str) -> Pretrained:
-    return Pretrained("mae", {"mask": mask, "mask_ratio": 0.25})
+def _masked(mask: str, *against: str) -> Pretrained:
+    return Pretrained("mae", {"mask": mask, "mask_ratio": 0.25}, against)
 
 
 WEIGHTS = {
@@ -332,6 +332,17 @@ _TABLE1: dict[str, Row] = {
     "figure": Pretrained("figure", against=("g2ll", "g2ll-light")),  # our own, of no paper
 }  # fmt: skip
 
+
+def _parts_of_tedmae(kind: str) -> dict[str, Row]:
+    """Return a row for each part of TEDMAE added to those before it, compared with these."""
+    without: dict[str, Settings] = {"teacher": {"ec": False, "df": False}, "ec": {"df": False}, "all": {}}
+    rows: dict[str, Row] = {}
+    for name, switches in without.items():
+        rivals = (*reversed(rows), *((name,) if kind else ()))
+        rows[f"{name}{kind}"] = Pretrained("tedmae", {**switches, "distillation_weight": _DISTILLING[kind]}, rivals)
+    return rows
+
+
 TABLES: dict[str, Table] = {
     "g2ll-table1": Table(
         _TABLE1,
@@ -342,7 +353,7 @@ TABLES: dict[str, Table] = {
             "random": Pretrained(),
             "mask-random": _masked("random"),
             "mask-semantic": _masked("semantic"),
-            "mask-semantic-focal": _masked("semantic_focal"),
+            "mask-semantic-focal": _masked("semantic_focal", "mask-semantic"),
         },
         references=("mask-random", "random"), budgets=PRETRAIN_BUDGETS,
     ),
@@ -350,9 +361,8 @@ TABLES: dict[str, Table] = {
         {
             "random": Pretrained(),
             "mae": Pretrained("tedmae", {"teacher": False}),
-            "teacher": Pretrained("tedmae", {"ec": False, "df": False}),
-            "ec": Pretrained("tedmae", {"df": False}),
-            "all": Pretrained("tedmae"),
+            **_parts_of_tedmae(""),
+            **_parts_of_tedmae("-light"),
         },
         references=("mae", "random"), budgets=PRETRAIN_BUDGETS,
     ),
