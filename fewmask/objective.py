@@ -51,6 +51,9 @@ class Objective(nn.Module, ABC):
     def after_step(self, progress: float) -> None:
         """Update what is not learnt by gradient (EMA and the like); `progress` runs from 0 to 1 over the training."""
 
+    def at_end(self) -> None:
+        """Raise a UserError where what was learnt is of no use; called once, after the last step."""
+
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Return named pictures (b, 3, s, s) in [0, 1] for the report, from a batch that went through the views."""
         return {}

@@ -321,6 +321,7 @@ def fit(
         finally:
             stage.run.deferring = False
         if not loop.state.finished:
+            objective.at_end()
             loop.state.finished = True
             loop.save()
     facts = {

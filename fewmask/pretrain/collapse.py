@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from fewmask.types import UserError
 
+SHARE = 0.4  # of a training's steps, where that is less than the patience
+
 
 def num_processes() -> int:
     """Return how many processes train together, 1 without torch.distributed."""
@@ -64,6 +66,8 @@ def entropy(probability: Tensor) -> Tensor:
 class CollapseGuard(nn.Module):
     """Counts the steps in a row at which a sign of collapse was there, and stops the run after `patience` of them.
 
+    In a short training it is after two fifths of its steps, for it may have fewer than `patience`.
+
     Signs: `feature_std` below `min_std`; the teacher's information (see `entropies`) below `min_information`. Nothing
     is counted during the first `grace` of the training: cross-view distillation often starts on a plateau where all
     targets are alike, and leaves it again. All ours. The counts are buffers, so a resumed run goes on counting; they
@@ -91,6 +95,7 @@ class CollapseGuard(nn.Module):
         self.register_buffer("low_std", torch.zeros((), dtype=torch.int64))
         self.register_buffer("low_information", torch.zeros((), dtype=torch.int64))
         self.num_checks = 0
+        self.began = 0.0
 
     @torch.no_grad()
     def forward(self, features: Tensor, probability: Tensor | None = None) -> dict[str, Tensor]:
@@ -109,19 +114,31 @@ class CollapseGuard(nn.Module):
         return terms
 
     def after_step(self, progress: float) -> None:
-        """Raise a UserError when a sign of collapse has been there for `patience` steps in a row."""
+        """Raise a UserError when a sign of collapse has been there for too many steps in a row."""
         if progress < self.grace:
             self.low_std.zero_()
             self.low_information.zero_()
             return
+        if not self.num_checks:
+            self.began = progress
         self.num_checks += 1
         if not self.patience or self.num_checks % min(self.every, self.patience):
             return
-        if int(self.low_std) >= self.patience:
+        limit = self.limit(progress)
+        if int(self.low_std) >= limit:
             raise UserError(self._sentence("its features differ by less than", self.min_std, int(self.low_std)))
-        if int(self.low_information) >= self.patience:
+        if int(self.low_information) >= limit:
             sign = "its teacher's targets tell images apart by less than"
             raise UserError(self._sentence(sign, self.min_information, int(self.low_information)))
+
+    def limit(self, progress: float) -> float:
+        """Return how many steps in a row are too many: `patience`, or two fifths of a training that has fewer steps.
+
+        How many it has is told by how far those since this process began to count have brought it.
+        """
+        passed = progress - self.began
+        in_all = (self.num_checks - 1) / passed if passed > 0 else math.inf
+        return min(self.patience, max(self.every, SHARE * in_all))
 
     def _sentence(self, sign: str, bound: float, count: int) -> str:
         return (

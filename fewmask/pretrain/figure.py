@@ -101,11 +101,14 @@ class Figure(Objective):
         return {"loss": (each * told).mean(), "told": share}
 
     def after_step(self, progress: float) -> None:
-        """Raise a UserError when, now and then and at the end, hardly a picture had a figure."""
+        """Raise a UserError when, now and then, hardly a picture had a figure."""
         self.num_steps += 1
-        if self.num_steps % LOOK_EVERY and progress < 1:
-            return
-        if (told := float(self.num_told) / self.num_steps) < LEAST_TOLD:
+        if self.num_steps % LOOK_EVERY == 0:
+            self.at_end()
+
+    def at_end(self) -> None:
+        """Raise a UserError when hardly a picture had a figure."""
+        if self.num_steps and (told := float(self.num_told) / self.num_steps) < LEAST_TOLD:
             raise UserError(
                 f"Of the pictures of {self.num_steps} steps, {told:.0%} have one thing about the middle whose colours "
                 "differ from the border's; method 'figure' needs such pictures: take another, such as 'simmim', or "

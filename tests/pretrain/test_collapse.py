@@ -14,6 +14,7 @@ from torch import multiprocessing as mp
 from fewmask.pretrain.collapse import CollapseGuard, entropies, feature_std, mean_over_processes
 from fewmask.pretrain.self_distillation import Centre
 from fewmask.types import UserError
+from tests.engine.tiny import TinyObjective, train
 
 
 def test_feature_std_in_closed_form():
@@ -56,6 +57,39 @@ def test_the_guard_stops_after_its_patience(signs, sentence):
     with pytest.raises(UserError, match=sentence):
         run(CollapseGuard("raise the batch", patience=5), signs)
     run(CollapseGuard("", patience=5), signs[:-1])
+
+
+class Guarded(TinyObjective):
+    """Its features are the same for all images from a step on."""
+
+    def __init__(self, collapses_at: int) -> None:
+        super().__init__()
+        self.guard, self.step, self.collapses_at = CollapseGuard("", patience=500), 0, collapses_at
+
+    def forward(self, batch):
+        self.guard(FEATURES[self.step >= self.collapses_at])
+        return super().forward(batch)
+
+    def after_step(self, progress):
+        self.step += 1
+        self.guard.after_step(progress)
+
+
+@pytest.mark.parametrize(("collapses_at", "stops_at"), [(0, 90), (60, 130)])
+def test_a_training_of_few_steps_is_stopped_too(collapses_at, stops_at, tmp_path):
+    made = []
+
+    def objective():
+        made.append(Guarded(collapses_at))
+        return made[-1]
+
+    with pytest.raises(UserError, match="collapsed"):
+        train(tmp_path, epochs=50, every=1e9, objective=objective)  # 150 steps, 60 of them are too many
+    assert made[0].step == stops_at
+
+
+def test_a_short_collapse_of_a_short_training_is_forgiven(tmp_path):
+    train(tmp_path, epochs=50, every=1e9, objective=lambda: Guarded(100))
 
 
 def test_a_healthy_step_starts_the_count_anew():

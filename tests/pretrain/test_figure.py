@@ -26,6 +26,7 @@ from fewmask.pretrain.figure import (
     split_by_otsu,
 )
 from fewmask.types import Batch, UserError
+from tests.engine.tiny import BATCH, TinyStream, train
 
 SIDE = 96
 RULE = FigureRule(min_area=0.01, max_border=0.25, min_explained=0.5)  # as Figure takes it
@@ -235,10 +236,10 @@ def small_batch(subject, picture):
     return replace(batch, image=batch.image[..., :32, :32], extra=cut)
 
 
-def steps(subject, batch, number, progress=0.1):
+def steps(subject, batch, number):
     for _ in range(number):
         subject(batch)
-        subject.after_step(progress)
+        subject.after_step(0.1)
 
 
 EMPTY = torch.zeros(SIDE, SIDE, dtype=torch.bool)
@@ -254,14 +255,22 @@ def test_pictures_without_figures_stop_the_training_with_a_sentence():
         steps(subject, batch, 1)
 
 
-def test_a_training_of_few_steps_is_judged_at_its_end():
-    subject = made()
-    steps(subject, small_batch(subject, disc()), 1, progress=1.0)
-    subject = made()
-    batch = small_batch(subject, EMPTY)
-    steps(subject, batch, 2)
-    with pytest.raises(UserError, match="of 3 steps, 0% have one thing"):
-        steps(subject, batch, 1, progress=1.0)
+class Pictures(TinyStream):
+    """The same picture at every step."""
+
+    def __init__(self, picture):
+        super().__init__()
+        self.picture = painted(picture).expand(BATCH, -1, -1, -1)
+
+    def batch(self, step, rank=0, world=1):
+        return replace(super().batch(step, rank, world), image=self.picture)
+
+
+def test_a_training_of_few_steps_is_judged_at_its_end(tmp_path):
+    train(tmp_path / "figure", stream=Pictures(disc()), epochs=1, objective=made)
+    for _ in range(2):  # and again when it is asked to go on
+        with pytest.raises(UserError, match="of 3 steps, 0% have one thing"):
+            train(tmp_path / "none", stream=Pictures(EMPTY), epochs=1, objective=made)
 
 
 def test_a_resumed_training_counts_on():
@@ -275,7 +284,8 @@ def test_a_resumed_training_counts_on():
     found = made()
     steps(found, small_batch(found, disc()), 2)
     resumed.load_state_dict(found.state_dict())
-    steps(resumed, batch, 1, progress=1.0)  # two of three
+    steps(resumed, batch, 1)
+    resumed.at_end()  # two of three
 
 
 @pytest.mark.parametrize(
