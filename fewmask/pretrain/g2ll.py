@@ -23,7 +23,7 @@ from fewmask.pretrain.self_distillation import (
     global_dim,
     sharpen,
 )
-from fewmask.pretrain.structure import MaskName, build_masking, draw_regions
+from fewmask.pretrain.structure import MaskName, build_masks, show_regions
 from fewmask.pretrain.student import DecoderShape, Hidden, build_student
 from fewmask.types import Batch, UserError, Views
 
@@ -88,9 +88,9 @@ class G2LL(Objective):
         self.student = build_student(
             encoder, mask_patch, DecoderShape(decoder_dim, decoder_depth, decoder_heads), norm_pix
         )
-        slic = Slic(num_segments)
-        self.slic = None if mask == "random" else slic
-        self.masking = build_masking(mask, self.student.num_patches, mask_ratio, focal_share, slic.num_labels)
+        self.masking, self.superpixels = build_masks(
+            mask, self.student.num_patches, mask_ratio, focal_share, num_segments
+        )
         self.projector = Projector(global_dim(encoder), num_prototypes, projector_hidden, projector_bottleneck)
         self.teacher = Teacher(self.followed(), momentum)
         self.centre = Centre(num_prototypes, centre_momentum)
@@ -127,7 +127,7 @@ class G2LL(Objective):
 
     def maps(self) -> dict[str, Slic]:
         """Return the superpixels its masks follow, none for random ones."""
-        return {} if self.slic is None else {"superpixels": self.slic}
+        return self.superpixels
 
     def product(self) -> Encoder:
         """Return the student's encoder."""
@@ -157,9 +157,7 @@ class G2LL(Objective):
         mask = self.masking(batch, torch.Generator().manual_seed(PREVIEW_SEED))
         hidden = Hidden.of(mask, self.masking.num_masked)
         shown = [denormalise(x) for x in (batch.image, *self.student.paint(batch.image, hidden))]
-        if "superpixels" in batch.extra:
-            shown.insert(1, draw_regions(shown[0], batch.extra["superpixels"]))
-        return {"reconstruction": torch.cat(shown, dim=3)}
+        return {"reconstruction": torch.cat(show_regions(shown, batch), dim=3)}
 
 
 def stack_pair(batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ from fewmask.pretrain.crops import CropViews
 from fewmask.pretrain.masking import split_indices
 from fewmask.pretrain.patch_decoder import decoder_for
 from fewmask.pretrain.patches import patchify, take, unpatchify
-from fewmask.pretrain.structure import MaskName, build_masking
+from fewmask.pretrain.structure import MaskName, build_masks, show_regions
 from fewmask.types import Batch, UserError, Views
 
 PREVIEW_SEED = 0
@@ -54,9 +54,7 @@ class MAE(Objective):
             )
         super().__init__()
         self.encoder = encoder
-        slic = Slic(num_segments)
-        self.slic = None if mask == "random" else slic
-        self.masking = build_masking(mask, encoder.num_patches, mask_ratio, focal_share, slic.num_labels)
+        self.masking, self.superpixels = build_masks(mask, encoder.num_patches, mask_ratio, focal_share, num_segments)
         self.decoder = decoder_for(encoder, decoder_dim, decoder_depth, decoder_heads)
         self.norm_pix = norm_pix
         self.crop_scale = crop_scale
@@ -82,7 +80,7 @@ class MAE(Objective):
 
     def maps(self) -> dict[str, Slic]:
         """Return the superpixels its masks follow, none for random ones."""
-        return {} if self.slic is None else {"superpixels": self.slic}
+        return self.superpixels
 
     def product(self) -> Encoder:
         """Return the encoder; the decoder is thrown away."""
@@ -94,7 +92,7 @@ class MAE(Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "reconstruction", strips (b, 3, s, 3 s) of original, masked and reconstructed image."""
+        """Return "reconstruction", strips of original, its superpixels if any, masked and reconstructed image."""
         patch = self.encoder.patch
         mask = self.masking(batch, torch.Generator().manual_seed(PREVIEW_SEED))
         visible, masked = split_indices(mask, self.masking.num_masked)
@@ -105,8 +103,8 @@ class MAE(Objective):
             prediction = prediction * std + mean
         where = masked[..., None].expand_as(prediction)
         shown = [pixels, pixels.masked_fill(mask[..., None], 0.0), pixels.scatter(1, where, prediction)]
-        strip = torch.cat([denormalise(unpatchify(p, patch)) for p in shown], dim=3)
-        return {"reconstruction": strip.clamp(0, 1)}
+        strip = show_regions([denormalise(unpatchify(p, patch)) for p in shown], batch)
+        return {"reconstruction": torch.cat(strip, dim=3).clamp(0, 1)}
 
 
 def patch_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

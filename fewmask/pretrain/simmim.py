@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fewmask.data.augment import PretrainViews
 from fewmask.data.preprocess import denormalise
+from fewmask.data.superpixels import Slic
 from fewmask.models import Encoder
 from fewmask.models.vit import Vit, as_map
 from fewmask.objective import Objective
-from fewmask.pretrain.masking import RandomMask
+from fewmask.pretrain.crops import CropViews
 from fewmask.pretrain.patches import enlarge_mask
+from fewmask.pretrain.structure import MaskName, build_masks, show_regions
 from fewmask.types import Batch, UserError, Views
 
 PREVIEW_SEED = 0
@@ -23,7 +24,7 @@ class SimMIM(Objective):
     Paper: mask patch 32, ratio 0.6, crop (0.67, 1), head = 1x1 convolution and pixel shuffle from the coarsest map,
     a learnt token in place of a hidden patch of a ViT. Ours, for a CNN: hidden pixels take a learnt colour, since a
     CNN has no tokens (it starts at the mean colour); the head is the same;
-    `vertical_flip` as in MAE.
+    `vertical_flip` as in MAE; `mask` may follow superpixels as G2LL's do, by mask patches.
     `mask_patch` is in pixels, a multiple of the ViT's patch and a divisor of the image size.
     Raises UserError where it is not, or where the ratio leaves nothing visible or nothing masked.
     """
@@ -35,6 +36,9 @@ class SimMIM(Objective):
         mask_patch: int = 32,
         crop_scale: tuple[float, float] = (0.67, 1.0),
         vertical_flip: bool = True,
+        mask: MaskName = "random",
+        focal_share: float = 0.7,
+        num_segments: int = 8,
     ) -> None:
         check_mask_patch(mask_patch, encoder)
         super().__init__()
@@ -42,7 +46,8 @@ class SimMIM(Objective):
         self.mask_patch = mask_patch
         self.crop_scale = crop_scale
         self.vertical_flip = vertical_flip
-        self.masking = RandomMask((encoder.size // mask_patch) ** 2, mask_ratio)
+        num_cells = (encoder.size // mask_patch) ** 2
+        self.masking, self.superpixels = build_masks(mask, num_cells, mask_ratio, focal_share, num_segments)
         self.filler = nn.Parameter(torch.zeros(encoder.dim if isinstance(encoder, Vit) else 3))
         stride = encoder.strides[-1]
         self.head = nn.Sequential(nn.Conv2d(encoder.channels[-1], stride**2 * 3, 1), nn.PixelShuffle(stride))
@@ -70,22 +75,26 @@ class SimMIM(Objective):
         tokens = encoder.encode(encoder.enter(patches, encoder.grid, encoder.grid))
         return as_map(tokens[:, 1:], encoder.grid, encoder.grid)
 
+    def maps(self) -> dict[str, Slic]:
+        """Return the superpixels its masks follow, none for random ones."""
+        return self.superpixels
+
     def product(self) -> Encoder:
         """Return the encoder; the head is thrown away."""
         return self.encoder
 
     def views(self) -> Views:
         """Return random resized crops and flips."""
-        return PretrainViews(self.encoder.size, scale=self.crop_scale, flip=True, vertical=self.vertical_flip)
+        return CropViews(self.encoder.size, scale=self.crop_scale, vertical=self.vertical_flip)
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "reconstruction", strips (b, 3, s, 3 s) of original, masked and reconstructed image."""
+        """Return "reconstruction", strips of original, its superpixels if any, masked and reconstructed image."""
         mask = self.masking(batch, torch.Generator().manual_seed(PREVIEW_SEED))
         hidden, image = enlarge_mask(mask, self.mask_patch), batch.image
         painted = torch.where(hidden, self.reconstruct(image, mask).float(), image)
-        shown = [image, image.masked_fill(hidden, 0.0), painted]
-        return {"reconstruction": torch.cat([denormalise(x) for x in shown], dim=3).clamp(0, 1)}
+        shown = [denormalise(x) for x in (image, image.masked_fill(hidden, 0.0), painted)]
+        return {"reconstruction": torch.cat(show_regions(shown, batch), dim=3).clamp(0, 1)}
 
 
 def check_mask_patch(mask_patch: int, encoder: Encoder) -> None:

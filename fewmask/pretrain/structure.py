@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fewmask.data.superpixels import Slic
 from fewmask.pretrain.masking import Masking, RandomMask
 from fewmask.types import Batch, UserError
 
@@ -31,6 +32,15 @@ def build_masking(
     if name == "semantic":
         return SemanticMask(num_patches, ratio, num_labels)
     return SemanticFocalMask(num_patches, ratio, focal_share, num_labels)
+
+
+def build_masks(
+    name: MaskName, num_patches: int, ratio: float, focal_share: float, num_segments: int
+) -> tuple[Masking, dict[str, Slic]]:
+    """Return the mask strategy of a name and the maps it asks for (`Objective.maps`): none where masks are random."""
+    slic = Slic(num_segments)
+    masking = build_masking(name, num_patches, ratio, focal_share, slic.num_labels)
+    return masking, {} if name == "random" else {"superpixels": slic}
 
 
 class Areas(NamedTuple):
@@ -191,6 +201,13 @@ class SemanticFocalMask(StructureMask):
         # Sums of whole numbers and one division: equal distances compare equal.
         squared = (sums[0] ** 2 + sums[1] ** 2).float() / areas.size.clamp(min=1).float() ** 2
         return torch.where(areas.size > 0, squared, torch.inf)
+
+
+def show_regions(strip: list[Tensor], batch: Batch) -> list[Tensor]:
+    """Return pictures (b, 3, s, s) in [0, 1] with the first again behind it, its superpixels outlined, if any."""
+    if "superpixels" not in batch.extra:
+        return strip
+    return [strip[0], draw_regions(strip[0], batch.extra["superpixels"]), *strip[1:]]
 
 
 def draw_regions(picture: Tensor, superpixels: Tensor) -> Tensor:

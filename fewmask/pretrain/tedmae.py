@@ -27,7 +27,7 @@ from fewmask.pretrain.self_distillation import (
     global_tokens,
     sharpen,
 )
-from fewmask.pretrain.structure import MaskName, build_masking, draw_regions
+from fewmask.pretrain.structure import MaskName, build_masks, show_regions
 from fewmask.pretrain.student import DecoderShape, Hidden, build_student
 from fewmask.types import Batch, UserError, Views
 
@@ -93,9 +93,9 @@ class TEDMAE(Objective):
         self.student = build_student(
             encoder, mask_patch, DecoderShape(decoder_dim, decoder_depth, decoder_heads), norm_pix
         )
-        slic = Slic(num_segments)
-        self.slic = None if mask == "random" else slic
-        self.masking = build_masking(mask, self.student.num_patches, mask_ratio, focal_share, slic.num_labels)
+        self.masking, self.superpixels = build_masks(
+            mask, self.student.num_patches, mask_ratio, focal_share, num_segments
+        )
         self.has_teacher, self.ec, self.kind = teacher, teacher and ec, distillation
         self.conversion = ExteriorConversion(conversion)
         dim = global_dim(encoder)
@@ -171,7 +171,7 @@ class TEDMAE(Objective):
 
     def maps(self) -> dict[str, Slic]:
         """Return the superpixels its masks follow, none for random ones."""
-        return {} if self.slic is None else {"superpixels": self.slic}
+        return self.superpixels
 
     def product(self) -> Encoder:
         """Return the student's encoder."""
@@ -197,9 +197,7 @@ class TEDMAE(Objective):
         mask = self.masking(batch, torch.Generator().manual_seed(PREVIEW_SEED))
         hidden = Hidden.of(mask, self.masking.num_masked)
         shown = [denormalise(x) for x in (batch.image, *self.student.paint(batch.image, hidden))]
-        if self.slic is not None:
-            shown.insert(1, draw_regions(shown[0], batch.extra["superpixels"]))
-        strips = {"reconstruction": torch.cat(shown, dim=3)}
+        strips = {"reconstruction": torch.cat(show_regions(shown, batch), dim=3)}
         if self.ec:
             with torch.random.fork_rng(devices=[]):  # conversions are drawn on the host
                 more = [self.conversion(batch.image) for _ in range(PREVIEW_CONVERSIONS - 1)]

@@ -103,6 +103,33 @@ def test_a_tiny_batch_overfits(method, encoder):
     assert losses[-1] < 0.4 < losses[0]  # the mean colour alone would not do
 
 
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [
+        ("dino", {"loss": 0.3}),
+        ("g2ll", {"reconstruction": 0.3, "distillation": 0.3}),
+        ("tedmae", {"reconstruction": 0.3, "distillation": 0.3}),
+        ("supervised", {"loss": 0.5}),  # of which its smoothed labels leave a third
+    ],
+)
+def test_a_tiny_batch_of_views_overfits(method, least):
+    subject, raw = objective(method, "efficientnet_lite0"), raw_batch(4)
+    colours = torch.tensor([[220, 120, 40], [20, 180, 140], [120, 20, 220], [60, 60, 60]], dtype=torch.uint8)
+    raw.image = (raw.image // 16 + colours[:, :, None, None]).clamp(0, 255)
+    optimiser = torch.optim.AdamW(subject.parameters(), lr=1e-3)
+    logged = []
+    for step in range(15):
+        torch.manual_seed(5)  # the same views, masks and conversions in every step
+        terms = subject(subject.views()(raw))
+        optimiser.zero_grad()
+        terms["loss"].backward()
+        optimiser.step()
+        subject.after_step(step / 15)
+        logged.append({name: value.item() for name, value in terms.items()})
+    for name, share in least.items():
+        assert logged[-1][name] < share * logged[0][name]
+
+
 @pytest.mark.parametrize("method", PRETRAINERS)
 def test_loss_is_a_function_of_the_seed(method):
     subject, losses = objective(method).eval(), []

@@ -149,8 +149,8 @@ def test_preview_shows_view_superpixels_masked_and_reconstruction():
 
 
 def test_superpixels_are_asked_for_when_the_mask_needs_them():
-    assert g2ll().slic.num_segments == 8
-    assert g2ll(mask="random").slic is None
+    assert g2ll().maps()["superpixels"].num_segments == 8
+    assert g2ll(mask="random").maps() == {}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from fewmask.pretrain.mae import MAE
 from fewmask.pretrain.masking import split_indices
 from fewmask.pretrain.patches import patchify
 from fewmask.types import Batch
+from tests.pretrain.pictures import raw_batch
 
 
 def mae(**settings) -> MAE:
@@ -84,6 +85,17 @@ def test_preview_shows_the_original_the_visible_and_the_visible_again(norm_pix):
     same = [(patchify(p, 16) == patchify(original, 16)).all(2) for p in (masked, painted)]
     assert torch.equal(same[0], ~mask)
     assert torch.equal(same[1], ~mask)
+
+
+def test_preview_shows_the_superpixels_that_a_mask_follows():
+    subject = mae(mask="semantic", mask_ratio=0.25)
+    torch.manual_seed(1)
+    strip = subject.preview(subject.views()(raw_batch(2)))["reconstruction"]
+    original, regions, masked, _ = strip.split(64, dim=3)
+    outlined = (regions == 1).all(1, keepdim=True)
+    assert outlined.any()
+    assert torch.equal(regions, original.masked_fill(outlined, 1.0))
+    assert not torch.equal(masked, original)
 
 
 @pytest.mark.parametrize(("name", "dim", "heads"), [("vit_small_patch16", 384, 6), ("vit_tiny_patch16", 192, 3)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fewmask.models import build_encoder
 from fewmask.pretrain.simmim import SimMIM
-from fewmask.types import Batch
+from tests.pretrain.pictures import raw_batch
 
 ENCODERS = ["vit_tiny_patch16", "resnet18"]
 
@@ -17,11 +19,12 @@ def simmim(encoder: str, **settings) -> SimMIM:
     return SimMIM(build_encoder(encoder, size=64), **settings).eval()
 
 
+@pytest.mark.parametrize("mask", ["random", "semantic"])
 @pytest.mark.parametrize("encoder", ENCODERS)
 @torch.no_grad()
-def test_loss_equals_the_equation(encoder):
-    subject = simmim(encoder, mask_patch=16)
-    batch = Batch(torch.randn(3, 3, 64, 64), [""] * 3)
+def test_loss_equals_the_equation(encoder, mask):
+    subject = simmim(encoder, mask_patch=16, mask=mask)
+    batch = replace(raw_batch(3, side=64), image=torch.randn(3, 3, 64, 64))
     torch.manual_seed(1)
     mask = subject.masking(batch)
     torch.manual_seed(1)
@@ -35,6 +38,17 @@ def test_loss_equals_the_equation(encoder):
             errors.append((prediction[window] - batch.image[window]).abs().mean().item())
     assert len(errors) == 3 * round(16 * 0.6)
     assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+
+
+def test_a_semantic_mask_takes_as_large_a_share_of_each_superpixel():
+    subject, batch = simmim("resnet18", mask_patch=16, mask_ratio=0.5, mask="semantic"), raw_batch(3, side=64)
+    quarters = torch.arange(64) // 32
+    batch.extra["superpixels"] = (quarters[:, None] * 2 + quarters).byte().expand(3, 1, -1, -1).contiguous()
+    assert subject.maps()["superpixels"].num_segments == 8
+    moved = subject.views()(batch).extra["superpixels"]
+    assert moved.shape == (3, 1, 64, 64)
+    hidden = subject.masking(batch).view(3, 4, 4)
+    assert (hidden.view(3, 2, 2, 2, 2).sum((2, 4)) == 2).all()
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
