@@ -40,8 +40,8 @@ def nearest_index(start: Tensor, end: Tensor, num_in: int, num_out: int) -> Tens
 class CropViews:
     """Random resized crop and flips as `PretrainViews`, which also move `extra["superpixels"]`, if it is there.
 
-    With `pair`, `extra["second"]` is the same crop under a second draw of the colour augmentation (paper, G2LL: the
-    two views differ in colour only).
+    With `pair`, `extra["second"]` is the same crop under a second draw of the colour augmentation (paper, G2LL: two
+    views by colour; that they show one crop is ours).
     """
 
     size: int

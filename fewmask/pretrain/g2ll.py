@@ -37,7 +37,7 @@ ADVICE = (
 class G2LL(Objective):
     """Global-to-local self-supervision (G2LL, ISBI 2023): reconstruction plus same-view self-distillation.
 
-    Paper: two colour-augmented views u, v of one crop; the student (MAE on ViT-S, decoder of 2 blocks, 384 wide, 6
+    Paper: two colour-augmented views u, v of an image; the student (MAE on ViT-S, decoder of 2 blocks, 384 wide, 6
     heads) sees each masked, the teacher each unmasked, and each view is paired with itself. With the global feature
     cls, a 3-layer projector P and the running centre C of the teacher's scores:
 
@@ -49,10 +49,10 @@ class G2LL(Objective):
 
     Code (DINO): the teacher is the student's running average, momentum 0.996 -> 1 by a cosine; tau_t 0.04, tau_s 0.1,
     centre 0.9; the projector's form and sizes. Ours: the decoder is as wide as the encoder unless told; 4,096
-    prototypes where DINO has 65,536 for 1.2 M images; a mask of its own for each of u and v; the mean over images of
-    the sum over views; crop and flips as MAE; `norm_pix`; a CNN sees painted pixels and its global feature is the mean
-    of the coarsest map (see `HiddenPixels`); the guard against collapse, which stops after `collapse_patience` steps
-    (0: never).
+    prototypes where DINO has 65,536 for 1.2 M images; both views of one crop, with crop and flips as MAE; a mask of
+    its own for each of u and v; the mean over images of the sum over views; `norm_pix`; a CNN sees painted pixels and
+    its global feature is the mean of the coarsest map (see `HiddenPixels`); the guard against collapse, which stops
+    after `collapse_patience` steps (0: never).
 
     Raises UserError for settings that cannot work and, when called, for a batch of one image or without superpixels.
     """
