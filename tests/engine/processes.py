@@ -24,7 +24,10 @@ from fewmask.models import build_encoder
 from fewmask.objective import Objective
 from fewmask.pretrain.dino import DINO
 from fewmask.pretrain.g2ll import G2LL
+from fewmask.pretrain.mae import MAE
 from fewmask.pretrain.masking import Masking
+from fewmask.pretrain.simmim import SimMIM
+from fewmask.pretrain.supervised import Supervised
 from fewmask.pretrain.tedmae import TEDMAE
 from fewmask.types import Batch, Interrupted, Views
 
@@ -32,6 +35,9 @@ SIZE, BATCH, NUM_STEPS = 32, 8, 3
 SMALL = {"num_prototypes": 12, "projector_hidden": 16, "projector_bottleneck": 8, "momentum": 0.5}
 DECODER = {"decoder_dim": 48, "decoder_depth": 1, "decoder_heads": 2}
 METHODS = {
+    "mae": (MAE, DECODER),
+    "simmim": (SimMIM, {"mask_patch": 16, "mask": "semantic", "mask_ratio": 0.5}),
+    "supervised": (Supervised, {"num_classes": 2}),
     "g2ll": (G2LL, {**SMALL, **DECODER}),
     "tedmae": (TEDMAE, {**SMALL, **DECODER, "mask": "semantic", "mask_ratio": 0.5}),
     "dino": (DINO, {**SMALL, "num_local": 1, "local_size": 16, "freeze_last": 0.5}),
@@ -46,7 +52,8 @@ def seed_of(*parts: object) -> int:
 def one_of(batch: Batch, i: int) -> Batch:
     """Return the batch of its i-th image."""
     extra = {name: value[i : i + 1] for name, value in batch.extra.items()}
-    return replace(batch, image=batch.image[i : i + 1], names=batch.names[i : i + 1], extra=extra)
+    label = None if batch.label is None else batch.label[i : i + 1]
+    return replace(batch, image=batch.image[i : i + 1], names=batch.names[i : i + 1], label=label, extra=extra)
 
 
 class PerImageMask(Masking):
@@ -72,7 +79,7 @@ def per_image(views: Views) -> Views:
             torch.manual_seed(seed_of("views", name))
             seen.append(views(one_of(batch, i)))
         extra = {name: torch.cat([one.extra[name] for one in seen]) for name in seen[0].extra}
-        return Batch(torch.cat([one.image for one in seen]), batch.names, extra=extra)
+        return Batch(torch.cat([one.image for one in seen]), batch.names, label=batch.label, extra=extra)
 
     return draw
 
@@ -98,7 +105,8 @@ class Pictures:
         superpixels = (half[:, None] * 2 + half).to(torch.uint8).expand(BATCH, 1, 40, 40)
         part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
         names = [f"step {step}, image {i}" for i in range(BATCH)]
-        return Batch(image[part], names[part], extra={"superpixels": superpixels[part].contiguous()})
+        extra = {"superpixels": superpixels[part].contiguous()}
+        return Batch(image[part], names[part], label=(torch.arange(BATCH) % 2)[part], extra=extra)
 
 
 def objective_of(name: str, shared: bool = True) -> Objective:
@@ -111,7 +119,7 @@ def objective_of(name: str, shared: bool = True) -> Objective:
     if shared:
         views = per_image(made.views())
         made.views = lambda: views
-        if name != "dino":
+        if hasattr(made, "masking"):
             made.masking = PerImageMask(made.masking)
     return made
 

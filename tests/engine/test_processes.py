@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from fewmask.engine.checkpoint import checkpoints, load_checkpoint
-from tests.engine.processes import NUM_STEPS, Pictures, objective_of, train, work
+from tests.engine.processes import METHODS, NUM_STEPS, Pictures, objective_of, train, work
 
-JOBS = ["g2ll-sgd", "tedmae-sgd", "dino-sgd", "g2ll-adamw"]
+JOBS = [*(f"{name}-sgd" for name in METHODS), "g2ll-adamw"]
 # Shares of the greatest change of a tensor during the training, beside a few roundings of its greatest value. What is
 # left is the order in which floats are added (measured: 1e-4 with SGD, 5e-3 with AdamW, which divides a gradient by its
 # own size and so blows that up where a gradient is next to nothing). Covered are gradients, their clipping, the
