@@ -53,7 +53,7 @@ DECODERS = {
     "mae 512x8": {"decoder_dim": 512, "decoder_depth": 8, "decoder_heads": 16},
     "mae 384x2": {"decoder_dim": 384, "decoder_depth": 2, "decoder_heads": 6},
 }
-"""The decoder of lightly's example (and of MAE), and the one of G2LL, which fewmask's recipe has."""
+"""The decoder of lightly's example (and of MAE), and the one of G2LL, twice as wide as that of fewmask's recipe."""
 
 CELLS = [
     "mae 512x8 on vit_tiny_patch8@128", "mae 384x2 on vit_tiny_patch8@128", "dino on vit_tiny_patch8@128",
