@@ -40,16 +40,29 @@ from fewmask.types import SegOutput
 SIZE, BATCH = 128, 16
 
 
-class Wrapped(torch.nn.Module):
-    """The plain network in the shape the scoring function expects."""
+class Plain(torch.nn.Module):
+    """segmentation-models-pytorch's U-Net on EfficientNet-Lite0, begun with given weights.
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    These expect colours scaled as they were trained, and norms with the epsilon they were trained with.
+    """
+
+    def __init__(self, weights: str = "packaged") -> None:
         super().__init__()
-        self.network = network
+        self.network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
+        start = build_segmenter("unet", build_encoder("efficientnet_lite0", weights, size=SIZE))
+        self.scale = start.encoder.input_affine
+        body, encoder = start.encoder.body, self.network.encoder
+        encoder.load_state_dict(body.state_dict())
+        for ours, theirs in zip(body.modules(), encoder.modules(), strict=True):
+            if isinstance(theirs, torch.nn.BatchNorm2d):
+                theirs.eps = ours.eps
+        if load_decoder(start, weights):
+            self.network.decoder.load_state_dict(start.decoder.state_dict())
+            self.network.segmentation_head.load_state_dict(start.segmentation_head.state_dict())
 
     def forward(self, image: torch.Tensor) -> SegOutput:
-        """Return the logits (b, 1, s, s)."""
-        return SegOutput(self.network(image), [])
+        """Return the logits (b, 1, s, s) of normalised images, in the shape the scoring function expects."""
+        return SegOutput(self.network(self.scale(image)), [])
 
 
 def plain(
@@ -61,12 +74,7 @@ def plain(
     train = label_subset(train, fraction, seed)  # the images that fewmask chooses
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
     masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
-    network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
-    start = build_segmenter("unet", build_encoder("efficientnet_lite0", weights, size=SIZE))
-    network.encoder.load_state_dict(start.encoder.body.state_dict())
-    if load_decoder(start, weights):
-        network.decoder.load_state_dict(start.decoder.state_dict())
-        network.segmentation_head.load_state_dict(start.segmentation_head.state_dict())
+    network = Plain(weights)
     optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
     began, seen = time.perf_counter(), 0
     while time.perf_counter() - began < minutes * 60 and seen < steps * BATCH:
@@ -76,7 +84,7 @@ def plain(
         for axis in (2, 3):
             if rng.random() < 0.5:
                 x, y = x.flip(axis), y.flip(axis)
-        logits = network(x)
+        logits = network(x).logits
         p = logits.sigmoid()
         dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
         loss = F.binary_cross_entropy_with_logits(logits, y) + dice
@@ -85,7 +93,7 @@ def plain(
         optimiser.step()
         seen += BATCH
     seconds = time.perf_counter() - began
-    return Wrapped(network).eval(), {"images_per_s": seen / seconds, "epochs": seen / len(train), "seconds": seconds}
+    return network.eval(), {"images_per_s": seen / seconds, "epochs": seen / len(train), "seconds": seconds}
 
 
 def ours(args: argparse.Namespace, run: Path) -> dict:
