@@ -146,7 +146,7 @@ def suited(recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
 
 def some_of(rows: list[int]) -> list[int]:
     """Return at most 200 of the rows, evenly."""
-    return rows[:: math.ceil(len(rows) / NUM_COMPARED)]
+    return rows[:: max(1, math.ceil(len(rows) / NUM_COMPARED))]
 
 
 def with_method(recipe: Recipe, method: dict[str, Any]) -> Recipe:

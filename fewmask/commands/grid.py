@@ -261,7 +261,7 @@ class Order:
         if not isinstance(what, Pretrained) or what.recipe is None:
             return None
         method = {f"pretrain.method.{key}": value for key, value in what.method.items()}
-        given: dict[str, Any] = {"run.time": self.grid.pretrain_time, **method, **self._all_images}
+        given: dict[str, Any] = {"run.time": self.grid.pretrain_time, **method, **what.network, **self._all_images}
         return self._recipe("pretrain", what.recipe, seed % self.grid.pretrain_seeds, given)
 
     def finetune_recipe(self, fraction: float, seed: int, number: int = 0) -> Recipe:

@@ -12,11 +12,11 @@ from typing import Any
 from fewmask import __version__
 from fewmask.commands.provenance import given_models, learnt_before, public_id, run_of
 from fewmask.config import DataSection, Recipe
-from fewmask.data.audit import audit
+from fewmask.data.audit import audit, components
 from fewmask.data.cache import CachedDataset, build_cache
 from fewmask.data.contents import content_hashes, default_cache_folder, fingerprint
 from fewmask.data.manifest import load_cases, write_cases
-from fewmask.data.splits import assign_splits, hold_out_fold, label_subset
+from fewmask.data.splits import TooFewMasksError, assign_splits, hold_out_fold, label_subset
 from fewmask.engine.run import Run, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
@@ -41,35 +41,31 @@ class Prepared:
 def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     """Load, audit, split and cache the data; writes audit.json and cases.csv into the run.
 
-    Unless `needs_masks`, data without any mask are not split, and masks of one patient or lesion alone, which cannot be
-    split, are left aside. Raises a UserError when the audit finds errors, when the
-    data are not those the run began with, when there are too few masks to train and to validate on, or when a model
-    that the recipe names has learnt from a test image.
+    Unless `needs_masks`, data without any mask are not split, and masks too few to be split are left aside. Raises a
+    UserError when the audit finds errors, when the data are not those the run began with, when there are too few masks
+    to train and to validate on, or when a model that the recipe names has learnt from a test image.
     """
     settings = recipe.data
     if settings.root is None:
         raise UserError("No data were named; give the folder, for example data.root=my_images.")
     cases = load_cases(settings.root, Path(settings.manifest) if settings.manifest else None, settings.unlabelled)
-    if not needs_masks:
-        cases = without_few_masks(cases)
     facts = _facts(cases, settings)
     run.compare_data(facts)
-    found = audited(run.folder / "audit.json", cases, facts["fingerprint"], cache_folder(recipe))
+    found = audited(run.folder / "audit.json", cases, facts["fingerprint"], cache_folder(recipe), needs_masks)
     run.record_data(facts)  # only now: data that were found faulty are to be mended, and may then differ
     linked = [(a, b) for a, b, _ in found["duplicates"]]
     if settings.num_folds or settings.fold:
         cases = hold_out_fold(cases, settings.num_folds, settings.fold, settings.split_seed, linked)
     if needs_masks or any(case.mask for case in cases):
-        cases = assign_splits(
-            cases,
-            seed=settings.split_seed,  # not run.seed: several seeds are scored on the same images
-            val_fraction=settings.val_fraction,
-            test_fraction=settings.test_fraction,
-            linked=linked,
-        )
+        cases = split(cases, settings, linked, needs_masks)
     trainable = [case for case in cases if case.split == "train" and case.mask is not None]
     drawn_by = recipe.run.seed if settings.label_seed is None else settings.label_seed
     chosen = {case.name for case in label_subset(trainable, settings.label_fraction, drawn_by)}
+    if needs_masks and not chosen:
+        raise UserError(
+            f"No training image has a mask: the manifest puts all {facts['num_masks']} masks into val and test. Put "
+            "some into train, or empty its column 'split'."
+        )
     copies = copies_of_test(cases, linked)
     uses = _uses(cases, chosen, copies)
     write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])
@@ -96,17 +92,29 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     )
 
 
-def without_few_masks(cases: Sequence[Case]) -> list[Case]:
-    """Return the cases, without their masks where these are of fewer than two patients or lesions."""
-    masked = [case for case in cases if case.mask is not None]
-    if not masked or len({case.group or case.name for case in masked}) > 1:
-        return list(cases)
-    Progress("check").close("the masks are of one patient or lesion: too few to set any aside, and left out")
-    return [replace(case, mask=None) for case in cases]
+def split(
+    cases: Sequence[Case], settings: DataSection, linked: Sequence[tuple[str, str]], needs_masks: bool
+) -> list[Case]:
+    """Return the cases in their splits; where masks are too few to draw one and are not needed, without those masks."""
+    try:
+        return assign_splits(
+            cases,
+            seed=settings.split_seed,  # not run.seed: several seeds are scored on the same images
+            val_fraction=settings.val_fraction,
+            test_fraction=settings.test_fraction,
+            linked=linked,
+        )
+    except TooFewMasksError:
+        if needs_masks:
+            raise
+        Progress("check").close("masks without a given split are too few to set any aside, and left out")
+        return [case if case.split else replace(case, mask=None) for case in cases]
 
 
-def audited(path: Path, cases: Sequence[Case], print_: str, memory: Path | None = None) -> dict[str, Any]:
-    """Return the audit of the cases; errors end the run.
+def audited(
+    path: Path, cases: Sequence[Case], print_: str, memory: Path | None = None, needs_masks: bool = True
+) -> dict[str, Any]:
+    """Return the audit of the cases; errors end the run, but for too few masks where none are needed.
 
     It is taken from `path`, or from `memory` (the cache folder, shared by all runs), where it was made before for the
     same data; auditing ten thousand images takes minutes.
@@ -120,6 +128,10 @@ def audited(path: Path, cases: Sequence[Case], print_: str, memory: Path | None 
             return found
     line = Progress("check")
     result = audit(cases, on_progress=line.count)
+    if not needs_masks and (few := [finding for finding in result.errors if finding.code == "too-few-masks"]):
+        result.errors = [finding for finding in result.errors if finding not in few]
+        result.warnings += few
+        remembered = path  # who needs masks may not take this answer for theirs
     found = {**json.loads(json.dumps(result.to_json())), "fingerprint": print_}
     line.close(f"{len(cases)} images, {len(result.errors)} errors, {len(result.warnings)} warnings")
     if result.errors:
@@ -167,9 +179,9 @@ def copies_of_test(cases: Sequence[Case], linked: Sequence[tuple[str, str]]) -> 
     A copy of a copy is one too: of a large group of copies the audit lists pairs with the first alone.
     """
     tests = [case for case in cases if case.split == "test"]
-    found = {case.name for case in tests}
-    while grown := {name for pair in linked if not found.isdisjoint(pair) for name in pair} - found:
-        found |= grown
+    roots = components(linked)
+    shown = {roots[case.name] for case in tests if case.name in roots}
+    found = {name for name, root in roots.items() if root in shown}
     known = {public_id(case.image) for case in tests} - {None}
     found |= {case.name for case in cases if public_id(case.image) in known}
     return {case.name for case in cases if case.name in found and case.split not in ("test", "val")}

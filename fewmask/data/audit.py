@@ -84,16 +84,16 @@ def audit(cases: Sequence[Case], workers: int | None = None, on_progress: Progre
 
 def overlaps(result: Audit, names_a: Iterable[str], names_b: Iterable[str]) -> list[tuple[str, str, Kind]]:
     """Return (a, b, kind), sorted, for every first name a that is a copy of a second name b, through others too."""
-    components = _components((a, b) for a, b, _ in result.duplicates)
+    roots = components((a, b) for a, b, _ in result.duplicates)
     in_b = defaultdict(list)
     for name in set(names_b):
-        if name in components:
-            in_b[components[name]].append(name)
+        if name in roots:
+            in_b[roots[name]].append(name)
     kinds: dict[frozenset[str], Kind] = {frozenset((a, b)): kind for a, b, kind in result.duplicates}
     return sorted(
         (a, b, kinds.get(frozenset((a, b)), "near"))
-        for a in set(names_a) & components.keys()
-        for b in in_b[components[a]]
+        for a in set(names_a) & roots.keys()
+        for b in in_b[roots[a]]
         if a != b
     )
 
@@ -197,7 +197,7 @@ def _find_duplicates(result: Audit, cases: Sequence[Case], workers: int | None) 
     links = [(unique[i], unique[j]) for i, j in near]
     links += [(first[key], name) for name, key in content.items() if first[key] != name]
     copies: dict[str, list[str]] = defaultdict(list)
-    for name, root in _components(links).items():
+    for name, root in components(links).items():
         copies[root].append(name)
     for those in copies.values():
         those.sort()
@@ -295,7 +295,7 @@ def _spread(values: np.ndarray) -> dict[str, int]:
     return {"min": int(values.min()), "median": int(np.median(values)), "max": int(values.max())}
 
 
-def _components(links: Iterable[tuple[str, str]]) -> dict[str, str]:
+def components(links: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return {name: the least name that links lead to} of all names in the links."""
     parent: dict[str, str] = {}
 

@@ -13,6 +13,10 @@ from fewmask.types import SPLITS, Case, Split, UserError
 Part = TypeVar("Part", Split, int)  # what blocks are dealt to: a split, or the number of a fold
 
 
+class TooFewMasksError(UserError):
+    """There are fewer than two separate patients or lesions with a mask to draw splits from."""
+
+
 def assign_splits(
     cases: Sequence[Case],
     *,
@@ -196,12 +200,12 @@ def _draw(blocks: list[_Block], shares: dict[Split, float], seed: int) -> dict[s
     if len(blocks) < 2:
         num_masks = sum(block.size for block in blocks)
         if num_masks > 1:
-            raise UserError(
+            raise TooFewMasksError(
                 f"All {num_masks} masks to draw splits from count as one: they are of one patient, or of near-copies "
                 "of one picture (audit.json lists them); draw at least two that are independent."
             )
         held = "mask" if len(blocks) == 1 else "masks"
-        raise UserError(
+        raise TooFewMasksError(
             f"There are {len(blocks)} {held} of separate patients to train on and validate with: draw at least two."
         )
     names: list[Split] = ["train", *shares]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from fewmask.commands import prepare as module
 from fewmask.config import load_recipe
 from fewmask.engine.run import Run
-from fewmask.types import Case
-from tests.commands.conftest import TINY
+from fewmask.types import Case, UserError
+from tests.commands.conftest import TINY, write_rows
 
 
 @pytest.fixture
@@ -60,3 +61,58 @@ def test_a_damaged_memory_of_an_audit_is_made_again(prepared, data):
     for path in (module.default_cache_folder() / "audits").iterdir():
         path.write_text("{")
     assert prepared(data, "second") == 2
+
+
+def put_into(data, splits):
+    """Give the images with a mask these splits in turn, those without none; return how many have which."""
+    with (data / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    masked = [row for row in rows if row["mask"]]
+    for number, row in enumerate(masked):
+        row["split"], row["group"] = splits[number % len(splits)], row["image"]
+    write_rows(data / "manifest.csv", rows)
+    return len(masked), len(rows) - len(masked)
+
+
+def made_ready(data, folder, **kwargs):
+    recipe = load_recipe("run", TINY, given={"data.root": str(data)})
+    with Run(folder, "run", recipe.resolved()) as run:
+        return module.prepare(run, recipe, **kwargs)
+
+
+@pytest.mark.parametrize("splits", [["test"], ["val"], ["val", "test"]])
+def test_pretraining_needs_no_mask_to_train_on_and_leaves_given_splits_alone(splits, data, tmp_path):
+    num_masked, num_unlabelled = put_into(data, splits)
+    ready = made_ready(data, tmp_path / "run", needs_masks=False)
+    assert (len(ready.body), ready.labelled) == (num_unlabelled, [])
+    assert ready.excluded["test"] == num_masked * splits.count("test") // len(splits)
+    with pytest.raises(UserError, match=r"to train on and validate with|all 12 masks into val and test"):
+        made_ready(data, tmp_path / "trained")
+
+
+def test_two_masks_of_near_copies_are_too_few_and_pretraining_does_without(data, tmp_path):
+    with (data / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    one, two, *others = (row for row in rows if row["mask"])
+    shutil.copy(data / one["image"], data / two["image"])
+    two["group"] = "another lesion, it says"
+    for row in others:
+        row["mask"] = ""
+    write_rows(data / "manifest.csv", rows)
+    ready = made_ready(data, tmp_path / "run", needs_masks=False)
+    assert (len(ready.body), ready.labelled, ready.validation) == (len(rows), [], [])
+    with pytest.raises(UserError, match="All 2 masks to draw splits from count as one"):
+        made_ready(data, tmp_path / "trained")
+
+
+def test_test_images_patients_are_not_learnt_from_where_no_split_can_be_drawn(data, tmp_path):
+    with (data / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    masked, bare = ([row for row in rows if bool(row["mask"]) == kind] for kind in (True, False))
+    for row in masked[1:]:
+        row["split"] = "test"
+    for row in (masked[0], bare[0], masked[1]):
+        row["group"] = "patient"  # one that has no split, one without a mask, one test image
+    write_rows(data / "manifest.csv", [row | {"group": row.get("group", "")} for row in rows])
+    ready = made_ready(data, tmp_path / "run", needs_masks=False)
+    assert len(ready.body) == len(bare) - 1

@@ -23,11 +23,13 @@ from fewmask.commands.papers import PAPERS, deviations
 from fewmask.commands.reproduce import reproduce, survey
 from fewmask.commands.table import describe_cell
 from fewmask.commands.tables import TABLES
+from fewmask.commands.unseen import choose_unseen
 from fewmask.config import RunSection
+from fewmask.data.manifest import load_cases
 from fewmask.data.synthetic import make_dataset
 from fewmask.engine.fit import resolve_precision
 from fewmask.engine.run import Run
-from fewmask.types import UserError
+from fewmask.types import Case, UserError
 from tests.commands.conftest import write_rows
 
 GRID = ('grid.rows=["random", "mae"]', "grid.seeds=2", "run.device=cpu")
@@ -177,6 +179,33 @@ def test_a_photograph_that_was_trained_on_is_not_unseen_in_another_guise(split_d
         assert (scene.unseen["num_cases"], scene.unseen["num_trained_on"]) == (3, 3)
         assert scene.unseen["num_in_body"] == 1  # without its mask
         assert ("images compared" in capsys.readouterr().err) != remembered
+
+
+def test_a_photograph_is_known_through_many_copies_and_by_their_names(split_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("fewmask.data.audit.CLOSED_UP_TO", 3)  # of more copies pairs with the first alone are listed
+    other = make_dataset(tmp_path / "other", 2, 0, size=(64, 80), seed=5)
+    (other / "manifest.csv").unlink()
+    row = next(row for row in _manifest(split_data) if row["mask"] and row["split"] == "train")
+    for number in range(5):
+        _saved(split_data / row["image"], other / "images" / f"copy{number}.jpg", 90 - number)
+        shutil.copy(split_data / row["mask"], other / "masks" / f"copy{number}.png")
+    bare = next(row["image"] for row in _manifest(split_data) if not row["mask"])
+    cases = [
+        *load_cases(split_data),
+        Case("ISIC_0000007", image=_saved(split_data / bare, tmp_path / "body" / "ISIC_0000007.jpg", 80)),
+    ]
+    _saved(split_data / bare, other / "images" / "renamed.jpg", 70)
+    shutil.copy(split_data / row["mask"], other / "masks" / "renamed.png")
+    chosen, facts = choose_unseen(other, split_data, cases, {"ISIC_0000007"})  # a teacher learnt it by its name
+    assert not any(case.name.startswith(("copy", "renamed")) for case in chosen)
+    assert (facts["num_cases"], facts["num_trained_on"]) == (2, 6)
+
+
+def _saved(picture, path, quality):
+    path.parent.mkdir(exist_ok=True)
+    with Image.open(picture) as image:
+        image.save(path, quality=quality)
+    return path
 
 
 def test_two_processes_may_write_one_page(finished, tmp_path):
