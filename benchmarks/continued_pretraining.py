@@ -139,6 +139,21 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     }  # fmt: skip
 
 
+def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> None:
+    """Write down how the arms of a folder are made, and end where one was made otherwise: its cells would be mixed."""
+    path = args.out / "plan.json"
+    names = ("data", "manifest", "unlabelled", "threads", "pretrain_time", "finetune_time", "script_steps", "finetune")
+    asked = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
+    known = read_json(path) if path.exists() else {**asked, "arms": {}}
+    before, now = ({**plan, "arms": 0} for plan in (known, asked))
+    changed = [name for name in now if now[name] != before[name]]
+    changed += [name for name, words in arms.items() if known["arms"].get(name, words) != words]
+    if changed:
+        raise SystemExit(f"{args.out} was begun otherwise ({', '.join(changed)} differ): name another --out.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**known, "arms": {**known["arms"], **arms}})
+
+
 def main() -> None:
     """Run the arms one after another and write table.json after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,6 +166,7 @@ def main() -> None:
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()
     arms: dict[str, list[str] | None] = {CONTROL: None, **dict(map(parse_arm, args.arm))}
+    remember(args, arms)
     weights = {name: str(pretrain(args, name, words)) if words else "packaged" for name, words in arms.items()}
     for seed in range(args.seeds):
         for fraction in args.fractions:

@@ -92,7 +92,7 @@ def continued() -> list[str]:
     for found in by_share("continued_*.json", "cells"):
         for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
             facts = found["pretraining"].get(cell["arm"])
-            arm = f"{cell['arm']}, {facts['budget'] / 60:g} min" if facts else cell["arm"]
+            arm = f"{cell['arm']}, {(facts['budget'] or facts['seconds']) / 60:.0f} min" if facts else cell["arm"]
             paired = [d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], cell["fraction"])]
             difference = "".join(
                 f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})" for d in paired

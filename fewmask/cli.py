@@ -112,8 +112,9 @@ def pretrain(recipe: RecipeName, settings: Settings = None) -> None:
 def finetune(recipe: RecipeName, settings: Settings = None) -> None:
     """Train a segmenter on the few masks: fewmask finetune unet data.root=MY_FOLDER run.out=RUN.
 
-    The encoder starts from model.weights: none, packaged, imagenet, or a run's folder; where that holds a whole
-    segmenter of the same kind, its decoder starts from there too.
+    The encoder starts from model.weights: none, packaged, imagenet, or a run's folder, of which its pre-training is
+    taken where it has one; where that left a whole segmenter of the same kind, the decoder starts from there too. To
+    go on from a fine-tuned segmenter, give RUN/finetune/model.safetensors.
     """
     from fewmask.commands.verbs import stage
 

@@ -122,12 +122,14 @@ class StageSection(Section):
     """One training: its method and how it is optimised.
 
     In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest. `instead` is the method
-    that a chain pre-trains by where `figure` is not for the images ("none": `figure` all the same). `probe_every` is
+    that a chain pre-trains by where `figure` is not for the images ("none": `figure` all the same), at the learning
+    rate `instead_lr` (0: `lr`). `probe_every` is
     the number of epochs between two looks at how well the features tell classes apart (pre-training only; 0: never).
     """
 
     method: dict[str, Any]
     instead: dict[str, Any] | Literal["none"] = "none"
+    instead_lr: Annotated[float, Field(ge=0)] = 0.0
     epochs: Annotated[int, Field(ge=0)] = 50
     batch_size: Annotated[int, Field(ge=1)] = 16
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -144,11 +146,16 @@ class StageSection(Section):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     probe_every: Annotated[int, Field(ge=0)] = 0
 
+    @field_validator("method", "instead", mode="before")
+    @classmethod
+    def _in_a_word(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) and value != "none" else value
+
     @field_validator("method", "instead")
     @classmethod
     def _named(cls, value: dict[str, Any] | str, info: ValidationInfo) -> dict[str, Any] | str:
         if isinstance(value, dict) and not isinstance(value.get("name"), str):
-            raise ValueError(f"it needs a name, such as {info.field_name}.name=mae")
+            raise ValueError(f"it needs a name, such as pretrain.{info.field_name}.name=mae")
         return value
 
 
@@ -271,7 +278,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if "[" not in str(part))  # of several types, the one tried
     if first["type"] == "extra_forbidden":
         section, _, key = where.rpartition(".")
         valid = _keys_of(section)

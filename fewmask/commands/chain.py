@@ -31,6 +31,7 @@ from fewmask.types import UserError
 
 RESERVE_SECONDS = 30.0  # start, audit, cache, export and report
 LATENCY_SECONDS = 0.3  # a row of the latency table; `fewmask export` takes longer and is surer
+CHOICE = "method.json"
 NUM_COMPARED = 200
 LEAST_AGREEMENT = 0.4
 SECONDS_PER_CASE = 0.1  # reading, predicting and measuring one image of the final evaluation
@@ -92,7 +93,7 @@ def chain(recipe: Recipe, out: Path) -> None:
         weights = recipe.model.weights
         if before is not None and worth_pretraining(recipe, prepared):
             if not Stage(folder, "pretrain").done:
-                recipe = suited(recipe, prepared, before)
+                recipe = settled(folder, recipe, prepared, before)
             share = recipe.stage("pretrain").share
             weights = str(pretrain(folder, recipe, prepared, time_for(folder, prepared, share)))
         share = share_of_teacher(recipe.stage("finetune")) if distils else 1.0
@@ -119,29 +120,43 @@ def worth_pretraining(recipe: Recipe, data: Prepared) -> bool:
     return False
 
 
+def settled(folder: Run, recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
+    """Return the recipe as `suited` has it, by the answer that the run gave when it began.
+
+    That answer is kept with the stage: what is pre-trained by one method cannot go on by another.
+    """
+    path = folder.folder / "pretrain" / CHOICE
+    if path.exists():
+        return with_instead(recipe) if read_json(path)["instead"] else recipe
+    found = suited(recipe, data, objective)
+    if is_main():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {"instead": found is not recipe, "method": found.stage("pretrain").method["name"]})
+    return found
+
+
 def suited(recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
     """Return the recipe, pre-training by its `instead` where figures are not what the masks mark, or hardly found.
 
     Our choice: at most 200 of the training masks are looked at, and a mean Dice of 0.4 is asked for, which lesions in
-    two sets have (0.7) and lungs in X-rays do not (0.1); of at most 200 of the images to pre-train on, as many must
-    have a figure as the training itself asks for.
+    two sets have (0.7) and lungs in X-rays do not (0.1); of at most 200 of the images to pre-train on, twice the share
+    must have a figure that the training asks of all of them, so that it does not end in the middle.
     """
     section = recipe.stage("pretrain")
     if not isinstance(objective, Figure) or section.instead == "none":
         return recipe
     assert data.dataset.masks is not None
-    rows = some_of(data.labelled)
-    found = objective.agreement(data.dataset.images[rows], data.dataset.masks[rows])
-    share = float(objective.look(data.dataset.images[some_of(data.body)])[1].float().mean()) if data.body else 0.0
+    found = objective.agreement(data.dataset.images, data.dataset.masks, some_of(data.labelled))
+    share = objective.share_told(data.dataset.images, some_of(data.body))
     told = (
         f"a threshold on colours has a Dice of {found:.2f} with your masks, and finds a thing in {share:.0%} of images"
     )
     line = Progress("pretrain")
-    if found >= LEAST_AGREEMENT and share >= LEAST_TOLD:
+    if found >= LEAST_AGREEMENT and share >= 2 * LEAST_TOLD:
         line.close(f"by method 'figure': {told}")
         return recipe
     line.close(f"by method '{section.instead['name']}' instead of 'figure': {told}")
-    return with_method(recipe, section.instead)
+    return with_instead(recipe)
 
 
 def some_of(rows: list[int]) -> list[int]:
@@ -149,17 +164,19 @@ def some_of(rows: list[int]) -> list[int]:
     return rows[:: max(1, math.ceil(len(rows) / NUM_COMPARED))]
 
 
-def with_method(recipe: Recipe, method: dict[str, Any]) -> Recipe:
-    """Return the recipe with another method of pre-training."""
-    return recipe.model_copy(update={"pretrain": recipe.stage("pretrain").model_copy(update={"method": method})})
+def with_instead(recipe: Recipe) -> Recipe:
+    """Return the recipe with the other method of pre-training, and its learning rate."""
+    section = recipe.stage("pretrain")
+    other = {"method": section.instead, "lr": section.instead_lr or section.lr}
+    return recipe.model_copy(update={"pretrain": section.model_copy(update=other)})
 
 
 def check_instead(recipe: Recipe) -> None:
     """Raise a UserError where the method that may take the place of `figure` cannot be built."""
-    if (instead := recipe.stage("pretrain").instead) == "none":
+    if recipe.stage("pretrain").instead == "none":
         return
     try:
-        objective_for("pretrain", with_method(recipe, instead), "none", num_classes=2)
+        objective_for("pretrain", with_instead(recipe), "none", num_classes=2)
     except UserError as error:
         told = str(error).replace("pretrain.method", "pretrain.instead")
         raise UserError(f"{told} (Of pretrain.instead; with pretrain.instead=none it is not needed.)") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from fewmask.commands.stages import finish, objective_for
 from fewmask.config import DistillSection, Recipe
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
+from fewmask.deploy.run_files import find_segmenter
 from fewmask.distill.distill import KD_ALONE, Distill
 from fewmask.distill.kd import KD
 from fewmask.engine.fit import Stream, fit, resolve_precision
@@ -211,11 +213,13 @@ def find_teachers(path: Path) -> list[Path]:
 
 
 def find_teacher(path: Path) -> Path:
-    """Return the model file of a teacher: a file, or of a run folder the fine-tuned segmenter, else a distilled one."""
+    """Return the model file of a teacher: a file, or a run folder's fine-tuned segmenter, else the one it has."""
     if path.is_file():
         return path
     found = next((file for stage in TEACHER_STAGES if (file := path / stage / "model.safetensors").is_file()), None)
     if found is None:
+        with contextlib.suppress(UserError):
+            return find_segmenter(path)  # a pre-trained one, of `fewmask pretrain` alone
         raise UserError(
             f"The teacher {path} is no model file and no run folder with a finetune/model.safetensors; finish its "
             "fine-tuning first, or name another in distill.teachers."

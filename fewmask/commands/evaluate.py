@@ -120,7 +120,7 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
     use = {case.name: uses.get(hashes[case.image]) or by_id.get(public_id(case.image) or "") for case in masked}
     if masked and set(use.values()) == {"unlabelled"}:
         raise UserError(
-            f"{run} was pre-trained on all these images, without their masks: no figure of it on them would be of new "
+            f"{run} has learnt from all these images, without their masks: no figure of it on them would be of new "
             "images. Evaluate it on images that it has not seen, or fine-tune a segmenter that keeps a test split."
         )
     if masked and all(use.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -115,29 +116,31 @@ class Figure(Objective):
                 "raise pretrain.method.max_border, and give another output folder."
             )
 
-    @torch.no_grad()
-    def agreement(self, images: NDArray[np.uint8], masks: NDArray[np.uint8]) -> float:
+    def agreement(self, images: NDArray[np.uint8], masks: NDArray[np.uint8], rows: Sequence[int]) -> float:
         """Return how well figures agree with masks, in [0, 1]: mean Dice, 0 for a picture in which none is found.
 
-        `images` (n, c, c, 3), `masks` (n, c, c) coverage in 0..255; empty masks do not count, and without others it is
-        0. Only for the choice of a method: the training reads no mask.
+        `images` (n, c, c, 3), `masks` (n, c, c) coverage in 0..255, of which `rows` are looked at; empty masks do not
+        count, and without others it is 0. Only for the choice of a method: the training reads no mask.
         """
-        marked = (masks >= 128).any((1, 2))
-        if not marked.any():
-            return 0.0
-        mask = torch.from_numpy(masks[marked] >= 128)
-        figure, told = self.look(images[marked])
-        cover = F.interpolate(figure.float(), mask.shape[1:], mode="bilinear", align_corners=False)[:, 0] >= 0.5
-        overlap, areas = (cover & mask).sum((1, 2)), cover.sum((1, 2)) + mask.sum((1, 2))
-        return float((told * 2 * overlap / areas).mean())
+        dice = []
+        for some in a_few(rows):
+            mask = torch.from_numpy(masks[some] >= 128)
+            figure, told = self.look(images, some)
+            cover = F.interpolate(figure.float(), mask.shape[1:], mode="bilinear", align_corners=False)[:, 0] >= 0.5
+            overlap, areas = (cover & mask).sum((1, 2)), cover.sum((1, 2)) + mask.sum((1, 2))
+            dice.append((told * 2 * overlap / areas)[mask.any(1).any(1)])
+        every = torch.cat(dice) if dice else torch.zeros(0)
+        return float(every.mean()) if len(every) else 0.0
+
+    def share_told(self, images: NDArray[np.uint8], rows: Sequence[int]) -> float:
+        """Return the share of `rows` of pictures (n, c, c, 3) that have a figure, 0 of none."""
+        told = [self.look(images, some)[1] for some in a_few(rows)]
+        return float(torch.cat(told).float().mean()) if told else 0.0
 
     @torch.no_grad()
-    def look(self, images: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        """Return what `find_figure` finds in pictures (n, c, c, 3), a few at a time: large ones take much room."""
-        parts = (images[i : i + AT_ONCE] for i in range(0, len(images), AT_ONCE))
-        found = [find_figure(torch.from_numpy(part).permute(0, 3, 1, 2), self.figure_views.rule) for part in parts]
-        figures, told = zip(*found, strict=True)
-        return torch.cat(figures), torch.cat(told)
+    def look(self, images: NDArray[np.uint8], rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return what `find_figure` finds in `rows` of pictures (n, c, c, 3)."""
+        return find_figure(torch.from_numpy(images[rows]).permute(0, 3, 1, 2), self.figure_views.rule)
 
     def product(self) -> nn.Module:
         """Return the segmenter."""
@@ -154,6 +157,11 @@ class Figure(Objective):
         maps = [batch.extra["figure"] * told, self.segmenter(batch.image).logits.float().sigmoid()]
         grey = [one.expand(-1, 3, -1, -1) for one in maps]
         return {"figure": torch.cat([denormalise(batch.image).clamp(0, 1), *grey], dim=3)}
+
+
+def a_few(rows: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Yield sixteen of the rows at a time: large pictures take much room."""
+    return (rows[i : i + AT_ONCE] for i in range(0, len(rows), AT_ONCE))
 
 
 @dataclass(frozen=True)

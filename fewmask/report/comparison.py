@@ -33,10 +33,19 @@ def comparison(records: list[Record]) -> dict[str, Any] | None:
 
 def differing_settings(records: list[Record]) -> list[tuple[str, list[str]]]:
     """Return the settings in which the runs differ, with the value of each run ("–" where it has none)."""
-    configs = [dict(flat(record.run.get("config") or {})) for record in records]
+    configs = [_settings(record) for record in records]
     keys = list(dict.fromkeys(key for config in configs for key in config if key not in NOT_COMPARED))
     rows = [(key, [config.get(key, NONE) for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1][:MAX_SETTINGS]
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """Return what a run was told, and the method that it pre-trained by, which a chain may have chosen by itself."""
+    settings = dict(flat(record.run.get("config") or {}))
+    stage = record.stage("pretrain")
+    if stage is not None and (method := stage.info.get("method")) and "pretrain.method.name" in settings:
+        settings["pretrain.method.name"] = str(method)
+    return settings
 
 
 def _row(record: Record) -> dict[str, str]:

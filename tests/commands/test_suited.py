@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from fewmask.commands.chain import LEAST_AGREEMENT, suited
+from fewmask.commands.chain import LEAST_AGREEMENT, settled, suited, with_instead
 from fewmask.commands.stages import objective_for
 from fewmask.config import load_recipe
 from fewmask.models import load_model
 from fewmask.pretrain.figure import FigureRule, find_figure
+from fewmask.types import UserError
 from tests.commands.conftest import TINY
 
 SIDE = 72
@@ -58,11 +59,33 @@ def test_figures_are_learnt_where_they_are_what_the_masks_mark(things, masks, me
     found = suited(recipe, prepared(things, masks), objective_for("pretrain", recipe, "none"))
     assert found.stage("pretrain").method["name"] == method
     assert (found == recipe) == (method == "figure")
-    assert found.stage("pretrain").lr == 0.007
+    assert found.stage("pretrain").lr == (0.007 if method == "figure" else 5e-4)
     said = capsys.readouterr().err
     assert f"by method '{method}'" in said
     share = float(said.split("Dice of ")[1].split()[0])
     assert (share >= LEAST_AGREEMENT) == (method == "figure")
+
+
+def test_the_answer_of_a_run_that_began_stands(tmp_path):
+    recipe, folder = load_recipe("run", FIGURE), SimpleNamespace(folder=tmp_path)
+    objective = objective_for("pretrain", recipe, "none")
+    assert settled(folder, recipe, prepared(THINGS, ELSEWHERE), objective).stage("pretrain").method["name"] == "simmim"
+    assert settled(folder, recipe, prepared(THINGS, THINGS), objective).stage("pretrain").method["name"] == "simmim"
+    folder = SimpleNamespace(folder=tmp_path / "another")
+    folder.folder.mkdir()
+    assert settled(folder, recipe, prepared(THINGS, THINGS), objective) is recipe
+    assert settled(folder, recipe, prepared(THINGS, ELSEWHERE), objective) is recipe
+
+
+def test_a_method_may_be_given_by_its_name_alone():
+    recipe = load_recipe("run", [*FIGURE, "pretrain.instead=dino", "pretrain.instead_lr=0"])
+    assert with_instead(recipe).stage("pretrain").method == {"name": "dino"}
+    assert with_instead(recipe).stage("pretrain").lr == recipe.stage("pretrain").lr
+    assert load_recipe("run", ["pretrain.method=mae"]).stage("pretrain").method == {"name": "mae"}
+    with pytest.raises(UserError, match=r"'pretrain\.instead' cannot be 3"):
+        load_recipe("run", [*ALONE, "pretrain.instead=3"])
+    with pytest.raises(UserError, match=r"such as pretrain\.instead\.name=mae"):
+        load_recipe("run", [*ALONE, "pretrain.instead={}"])
 
 
 @pytest.mark.parametrize("words", [TINY, [*FIGURE, "pretrain.instead=none"]])
@@ -112,7 +135,11 @@ def test_agreement_is_the_mean_dice_over_the_masks_that_mark_something():
     assert told.tolist() == [True] * 4 + [False, True]
     cover = F.interpolate(figures.float(), (SIDE, SIDE), mode="bilinear")[:, 0].numpy() >= 0.5
     each = [2 * (h & c).sum() / (h.sum() + c.sum()) for h, c in zip(half, cover, strict=False)]
-    assert objective.agreement(data.images, data.masks) == pytest.approx(sum(each) / 5)  # the fifth is not found
+    every = np.resize(range(6), 36)  # more than are looked at together
+    for rows in ([*range(6)], every):
+        agreement = objective.agreement(data.images, data.masks, rows)
+        assert agreement == pytest.approx(sum(each) / 5)  # the fifth is not found
+    assert objective.agreement(data.images, data.masks, [5]) == objective.agreement(data.images, data.masks, []) == 0
 
 
 def draw(folder, num=12, num_masked=10):
@@ -163,7 +190,7 @@ def test_pictures_without_any_mask_give_a_model_that_draws_first_ones(tmp_path, 
     (tmp_path / "masks").rename(data / "masks")  # corrected, say
     code, _, err = fewmask("evaluate", run, data)
     assert code == 1
-    assert "was pre-trained on all these images, without their masks" in err
+    assert "has learnt from all these images, without their masks" in err
 
 
 def test_one_mask_is_too_few_to_be_split_and_is_left_aside(tmp_path, fewmask):
