@@ -142,6 +142,8 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
 def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> None:
     """Write down how the arms of a folder are made, and end where one was made otherwise: its cells would be mixed."""
     path = args.out / "plan.json"
+    if not path.exists() and (any(args.out.glob("*-pretrain")) or any(args.out.glob("*/*/cases_test.csv"))):
+        raise SystemExit(f"{args.out} holds runs and does not say how they were made: name another --out.")
     names = ("data", "manifest", "unlabelled", "threads", "pretrain_time", "finetune_time", "script_steps", "finetune")
     asked = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
     known = read_json(path) if path.exists() else {**asked, "arms": {}}

@@ -155,8 +155,13 @@ class StageSection(Section):
     @classmethod
     def _named(cls, value: dict[str, Any] | str, info: ValidationInfo) -> dict[str, Any] | str:
         if isinstance(value, dict) and not isinstance(value.get("name"), str):
-            raise ValueError(f"it needs a name, such as pretrain.{info.field_name}.name=mae")
+            raise ValueError("it needs a name: set {where}.name")
         return value
+
+    @property
+    def rate(self) -> str:
+        """The key of the learning rate that is used: that of `instead` where its method has taken over."""
+        return "instead_lr" if self.instead_lr and self.method == self.instead else "lr"
 
 
 class DistillSection(StageSection):
@@ -270,6 +275,8 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
+        if parent in ("method", "instead") and isinstance(values.get(parent), str):
+            values[parent] = {"name": values[parent]}  # a method given by its name alone, and then settings of it
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"Setting '{key}' goes below '{parent}', which is a value and not a section.")
@@ -287,7 +294,7 @@ def _explain(error: ValidationError) -> str:
         return f"Unknown setting '{where}'.{hint} Valid ones{' in ' + section if section else ''}: {', '.join(valid)}."
     if first["type"] == "missing":
         return f"Setting '{where}' is missing; add {where}.name=... to choose the method."
-    message = first["msg"].removeprefix("Value error, ").lower()
+    message = first["msg"].removeprefix("Value error, ").lower().replace("{where}", where)
     return f"Setting '{where}' cannot be {first['input']!r}: {message}."
 
 

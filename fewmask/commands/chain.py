@@ -22,6 +22,7 @@ from fewmask.commands.prepare import Prepared, prepare
 from fewmask.commands.stages import configure_torch, finetune, objective_for, pretrain, with_precision
 from fewmask.config import Recipe, StageSection, load_recipe, parse_time
 from fewmask.deploy.latency import measure_latency
+from fewmask.engine.checkpoint import checkpoints
 from fewmask.engine.run import Run, interruptible, is_main, read_json, write_json
 from fewmask.engine.stage import Progress, Stage
 from fewmask.objective import Objective
@@ -121,17 +122,17 @@ def worth_pretraining(recipe: Recipe, data: Prepared) -> bool:
 
 
 def settled(folder: Run, recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
-    """Return the recipe as `suited` has it, by the answer that the run gave when it began.
+    """Return the recipe as `suited` has it, by the answer under which a pre-training that goes on has begun.
 
-    That answer is kept with the stage: what is pre-trained by one method cannot go on by another.
+    That answer is kept with the stage: what is trained by one method cannot go on by another.
     """
-    path = folder.folder / "pretrain" / CHOICE
-    if path.exists():
-        return with_instead(recipe) if read_json(path)["instead"] else recipe
+    stage = folder.folder / "pretrain"
+    if isinstance(objective, Figure) and (stage / CHOICE).exists() and checkpoints(stage / "checkpoints"):
+        return with_instead(recipe) if read_json(stage / CHOICE)["instead"] else recipe
     found = suited(recipe, data, objective)
-    if is_main():
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, {"instead": found is not recipe, "method": found.stage("pretrain").method["name"]})
+    if is_main() and isinstance(objective, Figure):
+        stage.mkdir(exist_ok=True)
+        write_json(stage / CHOICE, {"instead": found is not recipe})
     return found
 
 
@@ -155,8 +156,10 @@ def suited(recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
     if found >= LEAST_AGREEMENT and share >= 2 * LEAST_TOLD:
         line.close(f"by method 'figure': {told}")
         return recipe
-    line.close(f"by method '{section.instead['name']}' instead of 'figure': {told}")
-    return with_instead(recipe)
+    other = with_instead(recipe)
+    rate = f"pretrain.{other.stage('pretrain').rate}={other.stage('pretrain').lr:g}"
+    line.close(f"by method '{section.instead['name']}' instead of 'figure', {rate}: {told}")
+    return other
 
 
 def some_of(rows: list[int]) -> list[int]:

@@ -363,8 +363,9 @@ def place_order(
 
 def _check_use(table: str, what: Table, key: str) -> None:
     """Raise a UserError for a setting that the grid gives a value, or that this kind of table has no use for."""
-    for name, instead in {**SET_BY_GRID, **(SET_BY_ROWS if what.selects else {})}.items():
-        if key == name or key.startswith(f"{name}."):
+    by_rows = SET_BY_ROWS if what.selects else {"pretrain.method.name": "grid.rows"}
+    for name, instead in {**SET_BY_GRID, **by_rows}.items():
+        if key == name or key.startswith(f"{name}.") or name.startswith(f"{key}."):
             raise UserError(f"'{key}' differs from run to run of a table; use {instead} instead.")
     of_stages = {name for stage in what.stages for name in SECTIONS[stage]}
     section = key.split(".")[0]

@@ -91,6 +91,7 @@ _TEDMAE_METHOD = (
     "mask_ratio", "mask", "norm_pix", *_DECODER, "num_prototypes", "momentum", "conversion", "reduction",
     "distillation", "reconstruction_weight", "distillation_weight", *_CROPS,
 )  # fmt: skip
+_OF_A_TEACHER = ("num_prototypes", "momentum", "conversion", "reduction", "distillation", "distillation_weight")
 _FINETUNING = (
     "How fine-tuning augments, its loss (cross-entropy and Dice in equal parts), and that the epoch with the best "
     "validation Dice is kept are ours: the text we have does not say."
@@ -162,7 +163,7 @@ def deviations(paper: Paper, stage: str, recipes: Mapping[str, Recipe]) -> list[
         for method, settings in paper.methods.items():
             users = {row: recipe for row, recipe in recipes.items() if _method(recipe)["name"] == method}
             for key, theirs in settings.items():
-                ours = {row: _method_value(recipe, key) for row, recipe in users.items()}
+                ours = {row: _method_value(recipe, key) for row, recipe in users.items() if _uses(recipe, key)}
                 found += _sentence(f"pretrain.method.{key} of {method}", theirs, ours)
     return found
 
@@ -195,6 +196,10 @@ def _value(recipe: Recipe, key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+def _uses(recipe: Recipe, key: str) -> bool:
+    return key not in _OF_A_TEACHER or _method(recipe).get("teacher", True)
 
 
 def _method(recipe: Recipe) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fewmask.data.audit import audit, components
 from fewmask.data.cache import CachedDataset, build_cache
 from fewmask.data.contents import content_hashes, default_cache_folder, fingerprint
 from fewmask.data.manifest import load_cases, write_cases
-from fewmask.data.splits import TooFewMasksError, assign_splits, hold_out_fold, label_subset
+from fewmask.data.splits import TooFewMasksError, assign_splits, follow_given, hold_out_fold, label_subset
 from fewmask.engine.run import Run, read_json, write_json
 from fewmask.engine.stage import Progress
 from fewmask.types import Case, UserError
@@ -107,8 +107,11 @@ def split(
     except TooFewMasksError:
         if needs_masks:
             raise
-        Progress("check").close("masks without a given split are too few to set any aside, and left out")
-        return [case if case.split else replace(case, mask=None) for case in cases]
+        kept = follow_given(cases, linked)
+        if lost := sum(case.mask is None for case in kept) - sum(case.mask is None for case in cases):
+            noun = "1 mask is" if lost == 1 else f"{lost} masks are"
+            Progress("check").close(f"{noun} too few to set any aside, and left out")
+        return kept
 
 
 def audited(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from fewmask.types import SPLITS, Case, Split, UserError
@@ -48,6 +48,23 @@ def assign_splits(
         drawn = _draw(_blocks(labelled, roots, closed), missing, seed)
     split_of = {case.name: _choose(case, roots[case.name], decided, drawn) for case in labelled}
     return [case.in_split(split_of[case.name]) if case.mask is not None else case for case in cases]
+
+
+def follow_given(cases: Sequence[Case], linked: Iterable[tuple[str, str]] = ()) -> list[Case]:
+    """Return the cases in their order, the splits given and nothing drawn: for data with too few masks to draw from.
+
+    A labelled case without a split follows its group, `linked` ones too, and loses its mask where that has none.
+    """
+    roots = _join_groups(cases, linked)
+    decided = _given([case for case in cases if case.mask is not None], roots)
+
+    def follow(case: Case) -> Case:
+        if case.mask is None or case.split is not None:
+            return case
+        split = decided.get(roots[case.name])
+        return replace(case, mask=None) if split is None else case.in_split(split)
+
+    return [follow(case) for case in cases]
 
 
 def assign_folds(

@@ -156,6 +156,11 @@ class Fit:
         """The torch optimiser under Accelerate's wrapper."""
         return self.optimiser.optimizer
 
+    @property
+    def rate(self) -> str:
+        """The setting of the learning rate."""
+        return f"{self.stage.name}.{self.settings.rate}"
+
     def progress(self) -> float:
         """Return how far the training is, by steps, or by the clock when that is further; note whether to stop.
 
@@ -204,7 +209,7 @@ class Fit:
             if not torch.isfinite(loss):
                 raise UserError(
                     f"The loss became {float(loss)} at step {step} with the images {', '.join(names)}; look at them, "
-                    f"or lower {self.stage.name}.lr and use another --out. The last checkpoint in {self.stage.folder} "
+                    f"or lower {self.rate} and use another --out. The last checkpoint in {self.stage.folder} "
                     "is sound."
                 )
 
@@ -213,7 +218,7 @@ class Fit:
         self.check_finite(everything=True)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.objective.parameters()):
             raise UserError(
-                f"The weights became infinite before step {self.state.step}; lower {self.stage.name}.lr and use "
+                f"The weights became infinite before step {self.state.step}; lower {self.rate} and use "
                 f"another --out. The last checkpoint in {self.stage.folder} is sound."
             )
         self.state.seconds = began = self.stage.elapsed

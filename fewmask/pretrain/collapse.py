@@ -119,9 +119,9 @@ class CollapseGuard(nn.Module):
             self.low_std.zero_()
             self.low_information.zero_()
             return
-        if not self.num_checks:
-            self.began = progress
         self.num_checks += 1
+        if self.num_checks == 2:
+            self.began = progress  # not before the first, which may hold the start of an accelerator
         if not self.patience or self.num_checks % min(self.every, self.patience):
             return
         limit = self.limit(progress)
@@ -137,7 +137,7 @@ class CollapseGuard(nn.Module):
         How many it has is told by how far those since this process began to count have brought it.
         """
         passed = progress - self.began
-        in_all = (self.num_checks - 1) / passed if passed > 0 else math.inf
+        in_all = (self.num_checks - 2) / passed if passed > 0 else math.inf
         return min(self.patience, max(self.every, SHARE * in_all))
 
     def _sentence(self, sign: str, bound: float, count: int) -> str:

@@ -40,12 +40,14 @@ def differing_settings(records: list[Record]) -> list[tuple[str, list[str]]]:
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    """Return what a run was told, and the method that it pre-trained by, which a chain may have chosen by itself."""
+    """Return what a run was told, its pre-training as it was done: a chain may have taken its other method."""
     settings = dict(flat(record.run.get("config") or {}))
     stage = record.stage("pretrain")
-    if stage is not None and (method := stage.info.get("method")) and "pretrain.method.name" in settings:
-        settings["pretrain.method.name"] = str(method)
-    return settings
+    done = stage.info.get("settings") if stage is not None else None
+    if not isinstance(done, dict) or "method" not in done:
+        return settings
+    others = {key: value for key, value in settings.items() if not key.startswith("pretrain.method.")}
+    return others | dict(flat({name: done[name] for name in ("method", "lr") if name in done}, "pretrain"))
 
 
 def _row(record: Record) -> dict[str, str]:

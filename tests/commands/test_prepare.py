@@ -105,6 +105,24 @@ def test_two_masks_of_near_copies_are_too_few_and_pretraining_does_without(data,
         made_ready(data, tmp_path / "trained")
 
 
+def test_what_a_test_image_is_linked_to_is_not_learnt_from_where_no_split_can_be_drawn(data, tmp_path):
+    with (data / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    masked, bare = ([row for row in rows if bool(row["mask"]) == kind] for kind in (True, False))
+    for row in rows:
+        row["group"] = row["image"]
+    for row in masked[2:]:
+        row["mask"] = ""
+    tested, undecided = masked[:2]
+    tested["split"] = "test"
+    shutil.copy(data / tested["image"], data / bare[0]["image"])  # a copy, of the patient of the other mask
+    bare[0]["group"] = undecided["group"] = "patient"
+    write_rows(data / "manifest.csv", rows)
+    ready = made_ready(data, tmp_path / "run", needs_masks=False)
+    assert len(ready.body) == len(rows) - 3
+    assert ready.excluded == {"test": 2, "near_duplicates": 1, "same_group": 0}
+
+
 def test_test_images_patients_are_not_learnt_from_where_no_split_can_be_drawn(data, tmp_path):
     with (data / "manifest.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

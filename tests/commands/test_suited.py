@@ -67,24 +67,36 @@ def test_figures_are_learnt_where_they_are_what_the_masks_mark(things, masks, me
 
 
 def test_the_answer_of_a_run_that_began_stands(tmp_path):
-    recipe, folder = load_recipe("run", FIGURE), SimpleNamespace(folder=tmp_path)
-    objective = objective_for("pretrain", recipe, "none")
-    assert settled(folder, recipe, prepared(THINGS, ELSEWHERE), objective).stage("pretrain").method["name"] == "simmim"
-    assert settled(folder, recipe, prepared(THINGS, THINGS), objective).stage("pretrain").method["name"] == "simmim"
-    folder = SimpleNamespace(folder=tmp_path / "another")
-    folder.folder.mkdir()
-    assert settled(folder, recipe, prepared(THINGS, THINGS), objective) is recipe
-    assert settled(folder, recipe, prepared(THINGS, ELSEWHERE), objective) is recipe
+    recipe = load_recipe("run", FIGURE)
+
+    def method_of(folder, masks):
+        objective = objective_for("pretrain", recipe, "none")
+        found = settled(SimpleNamespace(folder=folder), recipe, prepared(THINGS, masks), objective)
+        return found.stage("pretrain").method["name"]
+
+    assert method_of(tmp_path, ELSEWHERE) == "simmim"
+    assert method_of(tmp_path, THINGS) == "figure"  # nothing was trained yet: who mended the masks is asked anew
+    (tmp_path / "pretrain" / "checkpoints").mkdir()
+    (tmp_path / "pretrain" / "checkpoints" / "step_000000001.safetensors").touch()
+    assert method_of(tmp_path, ELSEWHERE) == "figure"
+    (tmp_path / "pretrain" / "method.json").write_text('{"instead": true}')
+    assert method_of(tmp_path, THINGS) == "simmim"
+    recipe = load_recipe("run", TINY)  # a method that was asked for
+    assert method_of(tmp_path, THINGS) == "simmim"
 
 
 def test_a_method_may_be_given_by_its_name_alone():
     recipe = load_recipe("run", [*FIGURE, "pretrain.instead=dino", "pretrain.instead_lr=0"])
     assert with_instead(recipe).stage("pretrain").method == {"name": "dino"}
     assert with_instead(recipe).stage("pretrain").lr == recipe.stage("pretrain").lr
+    assert with_instead(recipe).stage("pretrain").rate == "lr"
+    assert with_instead(load_recipe("run", FIGURE)).stage("pretrain").rate == "instead_lr"
     assert load_recipe("run", ["pretrain.method=mae"]).stage("pretrain").method == {"name": "mae"}
+    with_settings = ["pretrain.method=mae", "pretrain.method.mask_ratio=0.5"]
+    assert load_recipe("run", with_settings).stage("pretrain").method == {"name": "mae", "mask_ratio": 0.5}
     with pytest.raises(UserError, match=r"'pretrain\.instead' cannot be 3"):
         load_recipe("run", [*ALONE, "pretrain.instead=3"])
-    with pytest.raises(UserError, match=r"such as pretrain\.instead\.name=mae"):
+    with pytest.raises(UserError, match=r"it needs a name: set pretrain\.instead\.name"):
         load_recipe("run", [*ALONE, "pretrain.instead={}"])
 
 

@@ -88,6 +88,16 @@ def test_a_training_of_few_steps_is_stopped_too(collapses_at, stops_at, tmp_path
     assert made[0].step == stops_at
 
 
+def test_a_slow_start_of_a_resumed_training_does_not_shorten_the_patience():
+    guard = CollapseGuard("", patience=500)
+    guard.low_std.fill_(100)
+    progress = [0.5, 0.6, *(0.6 + 1e-5 * step for step in range(1, 300))]  # the first step took a tenth of the time
+    for value in progress:
+        guard(FEATURES[True])
+        guard.after_step(value)
+    assert guard.low_std.item() == 401
+
+
 def test_a_short_collapse_of_a_short_training_is_forgiven(tmp_path):
     train(tmp_path, epochs=50, every=1e9, objective=lambda: Guarded(100))
 

@@ -256,6 +256,16 @@ def test_several_runs_begin_with_a_comparison(make_run: MakeRun) -> None:
     assert "pretrain.lr" not in differing
 
 
+def test_runs_differ_by_the_method_that_a_chain_has_taken_by_itself(make_run: MakeRun) -> None:
+    runs = [make_run("asked"), make_run("taken")]
+    before = [e.text for e in page_of(*runs).all("code")]
+    path = runs[1] / "pretrain" / "stage.json"
+    taken = {"method": {"name": "simmim"}, "lr": 0.125}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": taken}))
+    found = {e.text for e in page_of(*runs).all("code")} - set(before)
+    assert {"pretrain.method.name", "pretrain.lr"} <= found
+
+
 def test_runs_scored_on_different_images_are_called_incomparable(make_run: MakeRun) -> None:
     same = page_of(make_run("a"), make_run("b", seed=3))
     other = page_of(make_run("c"), make_run("d", num_cases=80))
