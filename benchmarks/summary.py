@@ -36,7 +36,8 @@ def rows() -> list[str]:
         for side, name in (("plain", "plain U-Net script"), ("ours", "`fewmask finetune unet`")):
             facts = result["sides"][side]
             label = f"{name}, {result['minutes']:g} min, {100 * result['fraction']:g} % of the labels"
-            lines.append(row(label, facts["test"], f"{facts['images_per_s']:.1f} images/s"))
+            told = "; ".join([f"{facts['images_per_s']:.1f} images/s", *filter(None, [facts.get("remark")])])
+            lines.append(row(label, facts["test"], told))
     for path in sorted((HERE / "results").glob("run_*.json")):
         result = json.loads(path.read_text())
         lines.append(row(result["name"], result["metrics"]["test"], result["note"]))
