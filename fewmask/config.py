@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 
 from fewmask.types import UserError
 
@@ -145,6 +145,7 @@ class StageSection(Section):
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
     probe_every: Annotated[int, Field(ge=0)] = 0
+    _rate: str = PrivateAttr("lr")
 
     @field_validator("method", "instead", mode="before")
     @classmethod
@@ -161,7 +162,13 @@ class StageSection(Section):
     @property
     def rate(self) -> str:
         """The key of the learning rate that is used: that of `instead` where its method has taken over."""
-        return "instead_lr" if self.instead_lr and self.method == self.instead else "lr"
+        return self._rate
+
+    def by_instead(self) -> StageSection:
+        """Return the section with its other method in the place of its method, at that one's learning rate."""
+        other = self.model_copy(update={"method": self.instead, "lr": self.instead_lr or self.lr})
+        other._rate = "instead_lr" if self.instead_lr else "lr"
+        return other
 
 
 class DistillSection(StageSection):

@@ -169,9 +169,7 @@ def some_of(rows: list[int]) -> list[int]:
 
 def with_instead(recipe: Recipe) -> Recipe:
     """Return the recipe with the other method of pre-training, and its learning rate."""
-    section = recipe.stage("pretrain")
-    other = {"method": section.instead, "lr": section.instead_lr or section.lr}
-    return recipe.model_copy(update={"pretrain": section.model_copy(update=other)})
+    return recipe.model_copy(update={"pretrain": recipe.stage("pretrain").by_instead()})
 
 
 def check_instead(recipe: Recipe) -> None:

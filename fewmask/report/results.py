@@ -152,9 +152,8 @@ def _unevaluated(record: Record) -> tuple[str, str]:
     if last.name == "pretrain":
         method = method_name(str(last.info.get("method", "")))
         how = "" if finished(last) else ", partly"
-        what = "A segmenter" if last.info.get("product") == "segmenter" else "An encoder"
-        if not finished(last):
-            what = "A network"  # which kind is written down at the end
+        kind = "A segmenter" if last.info.get("product") == "segmenter" else "An encoder"
+        what = kind if finished(last) else "A network"  # which kind is written down at the end
         return what, f"{how} pre-trained{f' with {method}' if method else ''}{on}. No segmenter was evaluated."
     if best is None:
         return "No result yet", f": {stage_name(last.name).lower()} was started, and nothing was evaluated."

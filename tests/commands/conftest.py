@@ -42,6 +42,12 @@ def drawn(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("drawn") / "data", 12, 8, size=(64, 80))
 
 
+def read_rows(path):
+    """Return a CSV's rows of text by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def write_rows(path, rows):
     """Write rows of text by column as a CSV."""
     with path.open("w", newline="") as file:

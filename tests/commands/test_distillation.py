@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fewmask.commands.distillation import best_of, find_teachers, lost_and_gained, predicts_once
+from fewmask.commands.distillation import best_of, find_teacher, find_teachers, lost_and_gained, predicts_once
 from fewmask.commands.predictions import Answers
 from fewmask.config import DistillSection, load_recipe
 from fewmask.data.augment import PlainViews
@@ -374,3 +374,14 @@ def test_two_processes_ask_as_much_as_the_time_of_one_allows(taught, drawn, tmp_
     found = facts(tmp_path / "small")
     assert (found["num_processes"], found["status"]) == (2, "done")
     assert json.loads((tmp_path / "small" / "distill" / "asked.json").read_text())["num_images"] > 0
+
+
+def test_a_segmenter_that_was_pretrained_alone_may_teach_and_an_encoder_not(tmp_path):
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "model.safetensors").touch()
+    (tmp_path / "run.json").write_text('{"verb": "pretrain"}')
+    (tmp_path / "pretrain" / "stage.json").write_text('{"product": "segmenter"}')
+    assert find_teacher(tmp_path) == tmp_path / "pretrain" / "model.safetensors"
+    (tmp_path / "pretrain" / "stage.json").write_text('{"product": "encoder"}')
+    with pytest.raises(UserError, match="finish its fine-tuning first"):
+        find_teacher(tmp_path)

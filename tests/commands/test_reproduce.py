@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ from fewmask.data.synthetic import make_dataset
 from fewmask.engine.fit import resolve_precision
 from fewmask.engine.run import Run
 from fewmask.types import Case, UserError
-from tests.commands.conftest import write_rows
+from tests.commands.conftest import read_rows, write_rows
 
 GRID = ('grid.rows=["random", "mae"]', "grid.seeds=2", "run.device=cpu")
 TWO = (*GRID, "grid.fractions=[0.5, 1.0]")
@@ -39,8 +38,7 @@ ONE = (*GRID, "grid.fractions=[1.0]")
 
 def cases(path):
     """Return the rows of a CSV of cases by name."""
-    with path.open(newline="") as file:
-        return {row["name"]: row for row in csv.DictReader(file)}
+    return {row["name"]: row for row in read_rows(path)}
 
 
 def table(out):
@@ -67,8 +65,7 @@ def unseen(tmp_path_factory, split_data):
 
 
 def _manifest(data):
-    with (data / "manifest.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(data / "manifest.csv")
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,9 @@ def test_a_method_may_be_given_by_its_name_alone():
     assert with_instead(recipe).stage("pretrain").lr == recipe.stage("pretrain").lr
     assert with_instead(recipe).stage("pretrain").rate == "lr"
     assert with_instead(load_recipe("run", FIGURE)).stage("pretrain").rate == "instead_lr"
+    asked_for = load_recipe("run", ["pretrain.method=simmim", "pretrain.lr=5e-4"]).stage("pretrain")
+    assert (asked_for.method, asked_for.lr) == (asked_for.instead, asked_for.instead_lr)
+    assert asked_for.rate == "lr"
     assert load_recipe("run", ["pretrain.method=mae"]).stage("pretrain").method == {"name": "mae"}
     with_settings = ["pretrain.method=mae", "pretrain.method.mask_ratio=0.5"]
     assert load_recipe("run", with_settings).stage("pretrain").method == {"name": "mae", "mask_ratio": 0.5}

@@ -99,7 +99,9 @@ def test_a_slow_start_of_a_resumed_training_does_not_shorten_the_patience():
 
 
 def test_a_short_collapse_of_a_short_training_is_forgiven(tmp_path):
-    train(tmp_path, epochs=50, every=1e9, objective=lambda: Guarded(100))
+    _, facts, objective = train(tmp_path, epochs=50, every=1e9, objective=lambda: Guarded(100))
+    assert facts["steps"] == 150
+    assert objective.guard.low_std.item() == 50  # it was seen
 
 
 def test_a_healthy_step_starts_the_count_anew():
