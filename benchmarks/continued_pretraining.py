@@ -9,7 +9,7 @@ split. Arms are compared image by image, averaged over the seeds. A finished run
 
 An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
 ("slow:dino pretrain.lr=1e-5"). `--script-steps N` fine-tunes as a tutorial would, by N steps of the script of
-`plain_unet.py`, instead of with `fewmask finetune`.
+`plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def follow_script(args: argparse.Namespace, weights: str, fraction: float, seed:
         torch.set_num_threads(args.threads)
     cases = load_cases(args.data, Path(args.manifest))
     train, test = ([c for c in cases if c.split == split and c.mask] for split in ("train", "test"))
-    network, figures = plain(train, math.inf, seed, fraction, weights, args.script_steps)
+    network, figures = plain(train, math.inf, seed, fraction, weights, args.script_steps, args.script_lr)
     rows = score_cases(partial(predict_probability, network, size=SIZE), test)
     (out / "finetune").mkdir(parents=True, exist_ok=True)
-    write_json(out / "finetune" / "stage.json", {"steps": args.script_steps, **figures})
+    write_json(out / "finetune" / "stage.json", {"steps": args.script_steps, "lr": args.script_lr, **figures})
     write_case_csv(out / CASES, rows)
 
 
@@ -134,7 +134,7 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
         "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "script_steps": args.script_steps,
-        "protocol": args.protocol, "cells": cells, "differences": differences,
+        "script_lr": args.script_lr, "protocol": args.protocol, "cells": cells, "differences": differences,
         "pretraining": {name: read_json(path) for name, path in pretrained.items() if path.exists()},
     }  # fmt: skip
 
@@ -144,11 +144,14 @@ def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> Non
     path = args.out / "plan.json"
     if not path.exists() and (any(args.out.glob("*-pretrain")) or any(args.out.glob("*/*/cases_test.csv"))):
         raise SystemExit(f"{args.out} holds runs and does not say how they were made: name another --out.")
-    names = ("data", "manifest", "unlabelled", "threads", "pretrain_time", "finetune_time", "script_steps", "finetune")
+    names = (
+        "data", "manifest", "unlabelled", "threads", "pretrain_time", "finetune_time", "script_steps", "script_lr",
+        "finetune",
+    )  # fmt: skip
     asked = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
     known = read_json(path) if path.exists() else {**asked, "arms": {}}
     before, now = ({**plan, "arms": 0} for plan in (known, asked))
-    changed = [name for name in now if now[name] != before[name]]
+    changed = [name for name in now if now[name] != before.get(name)]
     changed += [name for name, words in arms.items() if known["arms"].get(name, words) != words]
     if changed:
         raise SystemExit(f"{args.out} was begun otherwise ({', '.join(changed)} differ): name another --out.")
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--pretrain-time", default="10m")
     parser.add_argument("--finetune-time", default="4m")
     parser.add_argument("--script-steps", type=int, default=0, help="fine-tune by a plain script, so many steps of 16")
+    parser.add_argument("--script-lr", type=float, default=1e-3, help="the script's constant learning rate")
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()
     arms: dict[str, list[str] | None] = {CONTROL: None, **dict(map(parse_arm, args.arm))}

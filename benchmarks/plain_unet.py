@@ -66,7 +66,13 @@ class Plain(torch.nn.Module):
 
 
 def plain(
-    train: list, minutes: float, seed: int, fraction: float, weights: str = "packaged", steps: float = math.inf
+    train: list,
+    minutes: float,
+    seed: int,
+    fraction: float,
+    weights: str = "packaged",
+    steps: float = math.inf,
+    lr: float = 1e-3,
 ) -> tuple[torch.nn.Module, dict]:
     """Train the plain way, for so many minutes or steps, whichever end first; return the network and its figures."""
     torch.manual_seed(seed)
@@ -75,7 +81,7 @@ def plain(
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
     masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
     network = Plain(weights)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=lr)
     began, seen = time.perf_counter(), 0
     while time.perf_counter() - began < minutes * 60 and seen < steps * BATCH:
         chosen = torch.from_numpy(rng.integers(0, len(train), BATCH))

@@ -91,7 +91,10 @@ _TEDMAE_METHOD = (
     "mask_ratio", "mask", "norm_pix", *_DECODER, "num_prototypes", "momentum", "conversion", "reduction",
     "distillation", "reconstruction_weight", "distillation_weight", *_CROPS,
 )  # fmt: skip
-_OF_A_TEACHER = ("num_prototypes", "momentum", "conversion", "reduction", "distillation", "distillation_weight")
+_NEEDED_BY = {
+    **dict.fromkeys(("num_prototypes", "momentum", "distillation", "distillation_weight"), ("teacher",)),
+    "conversion": ("teacher", "ec"), "reduction": ("teacher", "df"),
+}  # fmt: skip
 _FINETUNING = (
     "How fine-tuning augments, its loss (cross-entropy and Dice in equal parts), and that the epoch with the best "
     "validation Dice is kept are ours: the text we have does not say."
@@ -199,7 +202,7 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 
 def _uses(recipe: Recipe, key: str) -> bool:
-    return key not in _OF_A_TEACHER or _method(recipe).get("teacher", True)
+    return all(_method(recipe).get(part, True) for part in _NEEDED_BY.get(key, ()))
 
 
 def _method(recipe: Recipe) -> dict[str, Any]:

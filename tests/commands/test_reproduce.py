@@ -325,6 +325,17 @@ def test_the_full_budget_is_the_papers_setting(name, tmp_path):
     assert [text for text in told if "does not say" not in text] == []
 
 
+def test_a_row_tells_of_a_setting_only_if_it_uses_it(tmp_path):
+    order = place_order("tedmae", "full", tmp_path, tmp_path, None, (), ())
+    about = {}
+    for row in ("mae", "teacher", "ec", "all"):
+        recipe = order.pretrain_recipe(row, 0)
+        told = " ".join(deviations(PAPERS["tedmae"], "pretrain", {row: recipe}))
+        about[row] = [key for key in ("momentum", "conversion", "reduction") if f"{key} of tedmae" in told]
+    every = ["momentum", "conversion", "reduction"]
+    assert about == {"mae": [], "teacher": every[:1], "ec": every[:2], "all": every}
+
+
 @pytest.mark.parametrize("name", [name for name, what in TABLES.items() if "gpu" in what.budgets])
 def test_the_gpu_budget_is_the_full_one_but_for_its_times(name, tmp_path):
     gpu, full = (place_order(name, budget, tmp_path, tmp_path, None, (), ()) for budget in ("gpu", "full"))
