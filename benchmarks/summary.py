@@ -12,8 +12,10 @@ from typing import Any
 from fewmask.commands.page import picture
 
 HERE = Path(__file__).resolve().parent
-# What `distill` does, and the paper's, at weight 1 and at a tenth of it.
-STUDENTS = ("teacher", "alone", "kd-sharp+pseudo", "m2bf", "m2bf-light", "m2bf+unlabelled")
+DISTILL = "kd-sharp+pseudo"  # what `fewmask distill` does
+# Its gain, and those of the paper's method with a tenth of its weight and at weight 1.
+LOSSES = {DISTILL: "`distill`", "m2bf-light": "M2BF at a tenth", "m2bf": "M2BF"}
+CONTINUED = ("simmim", "dino", "g2ll", "tedmae", "figure")
 PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
@@ -60,52 +62,66 @@ def runs() -> list[str]:
 
 
 def students() -> list[str]:
-    """Return the table of students, from every `reproduce boundary-distillation` there is."""
-    lines = [
-        "| student | data | masks | row | steps | Dice (95 % interval) | against alone, points | HD95, px | seeds |",
-        "|---|---|---|---|--:|---|---|---|---|",
-    ]
-    for found in by_share("distillation_*.json", "rows"):
-        against = {
-            (d["row"], d["fraction"]): f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})"
-            for d in found["differences"]
-            if (d["set"], d["against"], d.get("metric", "dice")) == ("test", "alone", "dice")
-        }
-        steps = {(facts["row"], facts["fraction"]): str(facts["steps"]) for facts in found["distillation"]}
-        for cell in (cell for cell in found["rows"] if cell["set"] == "test" and cell["row"] in STUDENTS):
-            key = (cell["row"], cell["fraction"])
-            told = [
-                found["student"], found.get("protocol", "ISIC-2017"), f"{100 * cell['fraction']:g} %", cell["row"],
-                steps.get(key, ""), figure(cell["dice"]), against.get(key, ""), f"{cell['hd95_256']['mean']:.1f}",
-                # A given teacher is one network, whatever the number of seeds it is shown for.
-                len(set(cell["dice"]["per_seed"])),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(map(str, told))} |")
-    return list(dict.fromkeys(lines))  # one given teacher stands in several tables
+    """Return what a teacher brings: a line for each student, data set and share of the masks that was measured."""
+    heads = (
+        "student",
+        "data",
+        "masks",
+        "teacher",
+        "alone",
+        "`distill`",
+        *(f"{name}, points" for name in LOSSES.values()),
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    tables: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for found in [*by_share("distillation_*.json", "rows"), *by_share("losses_*.json", "rows")]:
+        for fraction in sorted({cell["fraction"] for cell in found["rows"]}):
+            key = (found["student"], found.get("protocol", "ISIC-2017"), fraction)
+            tables.setdefault(key, []).append(found)
+    for (student, protocol, fraction), found in sorted(tables.items()):
+        # Gains are paired within a table; Dice is that of the table in which `distill` stands, else of the first.
+        first = max(found, key=lambda table: bool(gain(table, DISTILL, fraction, "alone")))
+        dice = [dice_of(first, row, fraction) for row in ("teacher", "alone", DISTILL)]
+        gains = [next(filter(None, (gain(t, row, fraction, "alone") for t in found)), "") for row in LOSSES]
+        lines.append(f"| {' | '.join([student, protocol, f'{100 * fraction:g} %', *dice, *gains])} |")
+    return lines
+
+
+def dice_of(found: dict[str, Any], row: str, fraction: float) -> str:
+    """Return a cell's mean Dice on the test images, or nothing."""
+    for cell in found["rows"]:
+        if (cell["set"], cell["row"], cell["fraction"]) == ("test", row, fraction):
+            return f"{cell['dice']['mean']:.3f}"
+    return ""
 
 
 def continued() -> list[str]:
-    """Return the table of continued pre-training."""
-    lines = [
-        "| data | masks | pre-training | fine-tuning | Dice (95 %) | against none, points | HD95, px | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for found in by_share("continued_*.json", "cells"):
+    """Return what continued pre-training brings, by the recipes as they ship; their variants stand on the page."""
+    heads = ("data", "masks", "fine-tuning", "pre-training", "without", "with (95 %)", "gain, points", "HD95, px")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    tables = by_share("continued_*.json", "cells")
+    for found in sorted(
+        tables,
+        key=lambda found: (
+            "script_steps" in found and bool(found["script_steps"]),
+            found.get("protocol", "ISIC-2017") != "ISIC-2017",
+        ),
+    ):
+        without = {cell["fraction"]: cell["dice"]["mean"] for cell in found["cells"] if cell["arm"] == "none"}
         for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
-            facts = found["pretraining"].get(cell["arm"])
-            arm = f"{cell['arm']}, {(facts['budget'] or facts['seconds']) / 60:.0f} min" if facts else cell["arm"]
-            paired = [d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], cell["fraction"])]
-            difference = "".join(
-                f"{100 * d['difference']:+.2f} ({100 * d['low']:+.2f} to {100 * d['high']:+.2f})" for d in paired
-            )
-            masks = f"{100 * cell['fraction']:g} %"
-            equal = set(cell.get("steps", []))
-            length = f"{equal.pop()} steps" if len(equal) == 1 else found["finetune_time"]
-            length += ", plain script" if found.get("script_steps") else ""
-            hd95 = f"{cell['hd95_256']['mean']:.1f}"
-            data = found.get("protocol", "ISIC-2017")
-            told = [data, masks, arm, length, figure(cell["dice"]), difference, hd95, len(cell["seeds"])]
-            lines.append(f"| {' | '.join(map(str, told))} |")
+            if cell["arm"] not in CONTINUED:
+                continue
+            share = cell["fraction"]
+            facts = found["pretraining"][cell["arm"]]
+            arm = f"{cell['arm']}, {(facts['budget'] or facts['seconds']) / 60:.0f} min"
+            (paired,) = (d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], share))
+            gained = f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
+            length = "plain script" if found.get("script_steps") else "fewmask"
+            told = [
+                found.get("protocol", "ISIC-2017"), f"{100 * share:g} %", length, arm, f"{without[share]:.3f}",
+                figure(cell["dice"]), gained, f"{cell['hd95_256']['mean']:.1f}",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(told)} |")
     return lines
 
 
