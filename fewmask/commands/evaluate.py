@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewmask.commands.provenance import public_id, run_of, used_ids
 from fewmask.data.contents import content_hashes
 from fewmask.data.manifest import load_cases
@@ -60,7 +62,22 @@ def evaluate_cases(
     With `stage`, it is that stage's segmenter, and the files go into the stage's folder. `place` says where the cases
     lie, for data that are not the run's own (see `place_of`).
     """
-    return score_into(run if stage is None else run / stage, TorchPredictor(run, stage=stage), cases, key, place)
+    predictor = TorchPredictor(run, scoring_device(_asked_device(run)), stage)
+    return score_into(run if stage is None else run / stage, predictor, cases, key, place)
+
+
+def _asked_device(run: Path) -> str:
+    record = read_json(run / "run.json") if (run / "run.json").exists() else None
+    config = record.get("config") if isinstance(record, dict) else None
+    return str(((config or {}).get("run") or {}).get("device", "auto"))
+
+
+def scoring_device(asked: str) -> str:
+    """Return where a trained network is scored: "cuda" where `run.device` asked for it or left it open, else "cpu".
+
+    A run that was trained on a GPU may be scored on a machine without one, so that its absence is no error here.
+    """
+    return "cuda" if asked in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def score_into(

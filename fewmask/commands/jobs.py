@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from fewmask.commands.distillation import digests_of, distill, find_teachers
 from fewmask.commands.ensemble import EnsemblePredictor
-from fewmask.commands.evaluate import evaluate_cases, score_into
+from fewmask.commands.evaluate import evaluate_cases, score_into, scoring_device
 from fewmask.commands.prepare import Prepared, prepare
 from fewmask.commands.select import SELECTION, candidates, recipe_of, selection
 from fewmask.commands.select import train as train_candidate
@@ -158,7 +158,8 @@ def best_candidate(selected: Path, task: str, mode: str) -> Path:
 def score(job: Job, cases: Sequence[Case], key: str) -> None:
     """Score a job's segmenter, or the average of its teachers, on cases under a key."""
     if job.verb == "ensemble":
-        score_into(job.folder, EnsemblePredictor(job.members), cases, key)
+        device = scoring_device(job.recipe.run.device)
+        score_into(job.folder, EnsemblePredictor(job.members, device), cases, key)
     else:
         evaluate_cases(job.folder, cases, key)
 

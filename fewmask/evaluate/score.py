@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,8 @@ Image = NDArray[np.uint8]
 Probability = NDArray[np.float32]
 Predict = Callable[[Image], Probability]
 
-MAX_PENDING = 4
+SCORERS = max(1, min(4, (os.cpu_count() or 1) // 2))  # a GPU predicts faster than one thread measures; ours
+MAX_PENDING = 2 + 2 * SCORERS
 
 
 def score_cases(
@@ -36,7 +38,7 @@ def score_cases(
 
     `predict` takes an image uint8 (h, w, 3) and returns its probability float32 (h, w). `on_progress` is called with
     the number of cases done and the number there are; `keep` with each case and its probability. Reading and measuring
-    run in a thread beside the prediction. Raises a UserError when a case has no mask or its mask another size.
+    run in threads beside the prediction. Raises a UserError when a case has no mask or its mask another size.
     """
     check_cases(cases)
     rows: list[Row] = []
@@ -48,7 +50,7 @@ def score_cases(
             if on_progress is not None:
                 on_progress(len(rows), len(cases))
 
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(SCORERS) as scorer:
         for case, image, truth in _read_ahead(reader, cases):
             probability = predict(image)
             if keep is not None:

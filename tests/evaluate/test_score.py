@@ -36,7 +36,11 @@ def red(image: np.ndarray) -> np.ndarray:
     return image[..., 0].astype(np.float32) / 255
 
 
-def test_rows_are_those_of_the_cases_in_their_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scorers", [1, 3])
+def test_rows_are_those_of_the_cases_in_their_order(
+    scorers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fewmask.evaluate.score.SCORERS", scorers)
     truths = [disk(90 + 10 * i, (40, 45), 12 + i) for i in range(9)]
     cases = [write_case(tmp_path, f"c{i}", truth, shift=i) for i, truth in enumerate(truths)]
     seen: list[tuple[int, int]] = []
