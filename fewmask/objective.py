@@ -22,10 +22,12 @@ class Objective(nn.Module, ABC):
     """Something to be minimised, and what is kept of it afterwards.
 
     `needs_labels` says that images without a class label are of no use to it, `needs_masks` those without a mask.
+    `min_batch` is the least number of images in a batch of all processes: 2 where images are compared.
     """
 
     needs_labels: bool = False
     needs_masks: bool = False
+    min_batch: int = 1
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fewmask.types import UserError
 
@@ -53,7 +53,8 @@ def check_type(annotation: Any, value: Any, where: str) -> Any:
     """Return the value as the annotated type, or raise a UserError that names the setting."""
     try:
         # JSON's strict mode is the rule wanted: a list may be a tuple and 1 may be 1.0, but "3" is not 3.
-        return TypeAdapter(annotation).validate_json(json.dumps(value, default=str), strict=True)
+        adapter = TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False))
+        return adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].lower()
         raise UserError(f"Setting '{where}' cannot be {value!r}: {reason}.") from None

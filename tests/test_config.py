@@ -100,6 +100,9 @@ def test_the_constructor_is_the_schema():
         build(Method, {"depth": 2.5}, "method", encoder=1)
     with pytest.raises(UserError, match=r"Setting 'method.depth' cannot be '3'"):
         build(Method, {"depth": "3"}, "method", encoder=1)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"Setting 'method.ratio' cannot be (nan|inf): .*finite"):
+            build(Method, {"ratio": value}, "method", encoder=1)
     with pytest.raises(UserError, match=r"Setting 'method.flag' cannot be 'yes'"):
         build(Method, {"flag": "yes"}, "method", encoder=1)
 

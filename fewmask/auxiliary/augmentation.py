@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewmask.data.augment import stack_mask
 from fewmask.data.colour import Chain, ColourJitter, GaussianBlur, RandomGrayscale
-from fewmask.data.geometry import check_range, crop_resize, flip_boxes, random_boxes, random_flips, whole_boxes
+from fewmask.data.geometry import check_area, crop_resize, flip_boxes, random_boxes, random_flips, whole_boxes
 from fewmask.types import Batch
 
 Kind = Literal["crop", "flip", "vertical_flip", "rotation", "colour"]
@@ -34,7 +34,7 @@ class Augmentation:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        check_range("crop_scale", self.crop_scale)
+        check_area("crop_scale", self.crop_scale)
 
     def move(self, batch: Batch, size: int | None = None) -> Tensor:
         """Return a raw batch's picture, and its mask, if any, as a fourth channel: float32 (b, 3 or 4, size, size).

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from fewmask.commands.tables import LABEL_FRACTIONS
-from fewmask.config import Recipe
+from fewmask.config import ModelSection, Recipe
+from fewmask.finetune import FINETUNERS
 from fewmask.models.vit import VIT_SHAPES
 from fewmask.pretrain import PRETRAINERS
 
 NOT_SAID = "not said"
+BY_ROW = "what the row is named for"
 
 Figures = dict[str, dict[str, dict[float, dict[str, float]]]]
 """Percent (HD95: as printed) by data set ("test" or "unseen"), row, label fraction and metric."""
@@ -22,7 +26,8 @@ Figures = dict[str, dict[str, dict[float, dict[str, float]]]]
 class Paper:
     """A published table: `figures` as printed, `settings` by stage and recipe key, and the data in words.
 
-    A value `NOT_SAID` is one that the text we have does not give. `methods` holds settings of the methods' own.
+    A value `NOT_SAID` is one that the text we have does not give. `methods` holds settings of the methods' own, by
+    method; where there are some, every other setting of theirs and of the stages counts as not said too.
     """
 
     title: str
@@ -61,43 +66,57 @@ _TEDMAE: Figures = {
 }
 
 _MODEL = {"model.encoder": "vit_small_patch16", "model.size": 256, "model.weights": "none"}
-_SILENT = ("weight_decay", "betas", "clip", "min_lr")
-_SILENT_FINETUNE = (*_SILENT, "warmup", "layer_decay", "min_epoch_steps", "method.average")
 _G2LL_SETTINGS = {
     "pretrain": {
         **_MODEL, "pretrain.optimiser": "adamw", "pretrain.lr": 1.5e-4, "pretrain.batch_size": 128,
         "pretrain.epochs": 300, "pretrain.warmup": 40 / 300, "run.time": "none",
-        **dict.fromkeys((f"pretrain.{key}" for key in _SILENT), NOT_SAID),
+        "model.segmenter": BY_ROW, "model.segmenter_settings": BY_ROW,
     },
     "finetune": {
         **_MODEL, "model.segmenter": "transunet", "finetune.optimiser": "adam", "finetune.lr": 3e-4,
         "finetune.batch_size": 16, "finetune.epochs": 100, "run.time": "none",
-        **dict.fromkeys((f"finetune.{key}" for key in _SILENT_FINETUNE), NOT_SAID),
     },
 }  # fmt: skip
 _DECODER = {"decoder_dim": 384, "decoder_depth": 2, "decoder_heads": 6}
-_CROPS = ("crop_scale", "vertical_flip")
+_MASKS = {"focal_share": 0.7, "num_segments": 8}
 _G2LL_METHODS: dict[str, dict[str, Any]] = {
     "g2ll": {
-        **_DECODER, "mask_ratio": 0.25, "mask": "semantic_focal", "focal_share": 0.7, "num_segments": 8,
-        "norm_pix": False, "reconstruction_weight": 1.0, "distillation_weight": 1.0, "num_prototypes": NOT_SAID,
-        "momentum": NOT_SAID, **dict.fromkeys(_CROPS, NOT_SAID),
+        **_DECODER, **_MASKS, "mask_ratio": 0.25, "mask": "semantic_focal", "norm_pix": False,
+        "tau_s": 0.1, "tau_t": 0.04, "reconstruction_weight": 1.0, "distillation_weight": 1.0,
     },
-    "mae": {**_DECODER, "norm_pix": False, **dict.fromkeys(("mask_ratio", *_CROPS), NOT_SAID)},
-    "dino": dict.fromkeys(("num_local", "num_prototypes", "momentum", "keep", *_CROPS), NOT_SAID),
-    "supervised": dict.fromkeys(("label_smoothing", "colour", *_CROPS), NOT_SAID),
+    "mae": {**_DECODER, **_MASKS, "mask": BY_ROW, "norm_pix": False},
+    "tedmae": dict.fromkeys(("teacher", "ec", "df"), BY_ROW),
+    "dino": {},
+    "supervised": {},
+    "segment": {},
 }  # fmt: skip
-_TEDMAE_METHOD = (
-    "mask_ratio", "mask", "norm_pix", *_DECODER, "num_prototypes", "momentum", "conversion", "reduction",
-    "distillation", "reconstruction_weight", "distillation_weight", *_CROPS,
-)  # fmt: skip
-_NEEDED_BY = {
-    **dict.fromkeys(("num_prototypes", "momentum", "distillation", "distillation_weight"), ("teacher",)),
-    "conversion": ("teacher", "ec"), "reduction": ("teacher", "df"),
+_EXEMPT = ("method", "instead", "instead_lr", "checkpoint_seconds", "share", "probe_every")  # nothing is learnt by them
+_EXEMPT_OF_METHODS = ("encoder", "segmenter", "num_classes", "size", "collapse_patience")
+_NEUTRAL = {"encoder_lr_scale": 1.0, "layer_decay": 1.0, "encoder_settings": {}, "segmenter_settings": {}}
+"""Values at which a setting does nothing, so that there is nothing to tell."""
+
+Compared = tuple[str, Any, Mapping[str, Any]]
+"""A setting's key, the paper's value, and ours by row."""
+Used = Callable[[Mapping[str, Any]], bool]
+_WITH_TEACHER: Used = lambda method: bool(method.get("teacher", True))  # noqa: E731
+_USED: dict[str, Used] = {
+    **dict.fromkeys(
+        ("num_prototypes", "projector_hidden", "projector_bottleneck", "momentum", "centre_momentum", "tau_s", "tau_t",
+         "distillation", "distillation_weight", "reconstruction_weight"),
+        _WITH_TEACHER,
+    ),
+    "conversion": lambda method: method["teacher"] and method["ec"],
+    "reduction": lambda method: method["teacher"] and method["df"],
+    "focal_share": lambda method: method["mask"] == "semantic_focal",
+    "num_segments": lambda method: method["mask"] != "random",
+    **dict.fromkeys(("local_size", "local_scale"), lambda method: method["num_local"] > 0),
+    "freeze_encoder": lambda method: method["freeze_encoder"],
 }  # fmt: skip
+"""When a method's setting decides anything, by its settings; always where it is not named here."""
+
 _FINETUNING = (
-    "How fine-tuning augments, its loss (cross-entropy and Dice in equal parts), and that the epoch with the best "
-    "validation Dice is kept are ours: the text we have does not say."
+    "How views are drawn in detail, that the loss of fine-tuning is cross-entropy and Dice, and that the epoch with "
+    "the best validation Dice is kept are ours: the text we have does not say."
 )
 _DATA = {
     "pretrain": "the 25,331 images of ISIC-2019",
@@ -124,17 +143,18 @@ PAPERS: dict[str, Paper] = {
     ),
     "g2ll-table2": Paper(
         "G2LL (ISBI 2023), table 2: mask strategies without distillation, all labels",
-        _G2LL_TABLE2, _G2LL_SETTINGS, {"mae": {**_G2LL_METHODS["mae"], "mask_ratio": 0.25}}, _DATA,
+        _G2LL_TABLE2, _G2LL_SETTINGS, {**_G2LL_METHODS, "mae": {**_G2LL_METHODS["mae"], "mask_ratio": 0.25}}, _DATA,
         "one run each", _FINETUNING,
     ),
     "tedmae": Paper(
         "TEDMAE (MBEC 2024): the parts of generalizable self-distillation",
         _TEDMAE,
-        {stage: dict.fromkeys(keys, NOT_SAID) for stage, keys in _G2LL_SETTINGS.items()},
-        {"tedmae": dict.fromkeys(_TEDMAE_METHOD, NOT_SAID)},
+        {stage: {key: BY_ROW if value == BY_ROW else NOT_SAID for key, value in settings.items()}
+         for stage, settings in _G2LL_SETTINGS.items()},
+        {"tedmae": _G2LL_METHODS["tedmae"], "segment": {}},
         {**_DATA, "finetune": "ISIC-2017", "unseen": "PH2"}, "not said in the abstract",
-        "TEDMAE is written from its abstract alone; rows other than 'all' have no published figure here. "
-        f"{_FINETUNING}",
+        "TEDMAE is written from its abstract alone; rows other than 'all' have no published figure here. DF alone is "
+        f"no row: without a converted picture it would merge the clean one with itself. {_FINETUNING}",
     ),
     "boundary-distillation": Paper(
         "Boundary distillation (MBEC 2024): MBF and M2BF beside other losses, reimplemented from the abstract",
@@ -155,33 +175,74 @@ PAPERS: dict[str, Paper] = {
 
 
 def deviations(paper: Paper, stage: str, recipes: Mapping[str, Recipe]) -> list[str]:
-    """Return a sentence for each setting of a stage in which the recipes, by row of the table, leave the paper's.
+    """Return the settings of a stage in which the recipes, by row of the table, leave the paper's, in sentences.
 
-    The values are those of the resolved recipes; of a method's settings, those its constructor would fill in.
+    The values are those of the resolved recipes; of a method's settings, those its constructor would fill in. Every
+    setting that decides what is learnt is looked at, so that one which is added later is told without being listed.
     """
-    found = []
-    for key, theirs in paper.settings.get(stage, {}).items():
-        found += _sentence(key, theirs, {row: _value(recipe, key) for row, recipe in recipes.items()})
-    if stage == "pretrain":
-        for method, settings in paper.methods.items():
-            users = {row: recipe for row, recipe in recipes.items() if _method(recipe)["name"] == method}
-            for key, theirs in settings.items():
-                ours = {row: _method_value(recipe, key) for row, recipe in users.items() if _uses(recipe, key)}
-                found += _sentence(f"pretrain.method.{key} of {method}", theirs, ours)
+    keys = _settings(paper, stage, recipes)
+    found = _sentences(
+        (key, theirs, {row: _value(recipe, key) for row, recipe in recipes.items()}) for key, theirs in keys.items()
+    )
+    methods = {row: _method(recipe, stage) for row, recipe in recipes.items()} if paper.methods else {}
+    for name in dict.fromkeys(method["name"] for method in methods.values()):
+        if name in paper.methods:
+            users = {row: method for row, method in methods.items() if method["name"] == name}
+            found += _sentences(_of_method(paper.methods[name], users), f"{stage}.method.", f" of {name}")
     return found
 
 
-def _sentence(key: str, theirs: Any, ours: Mapping[str, Any]) -> list[str]:
-    rows_with: dict[str, list[str]] = {}
-    for row, value in ours.items():
-        if not _same(theirs, value):
-            rows_with.setdefault(_text(value), []).append(row)
-    if not rows_with:
-        return []
-    everywhere = len(rows_with) == 1 and sum(map(len, rows_with.values())) == len(ours)
-    here = "; ".join(text if everywhere else f"{text} for {', '.join(rows)}" for text, rows in rows_with.items())
-    where = "the text we have does not say" if theirs == NOT_SAID else f"the paper has {_text(theirs)}"
-    return [f"{key}: {where}, here {here}."]
+def _of_method(theirs: Mapping[str, Any], users: Mapping[str, Mapping[str, Any]]) -> Iterator[Compared]:
+    """Yield each setting of a method with the paper's value and those of the rows that use it."""
+    for key in next(iter(users.values())):
+        if key != "name":
+            ours = {row: method[key] for row, method in users.items() if _USED.get(key, _always)(method)}
+            yield key, theirs.get(key, NOT_SAID), ours
+
+
+def _settings(paper: Paper, stage: str, recipes: Mapping[str, Recipe]) -> dict[str, Any]:
+    """Return the paper's value of every setting of a stage and its network by key."""
+    known = dict(paper.settings.get(stage, {}))
+    if not (paper.methods and recipes):
+        return known
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection, stage: type(next(iter(recipes.values())).stage(stage))
+    }  # fmt: skip
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section.model_fields if key not in _EXEMPT]
+    return known | {key: NOT_SAID for key in keys if key not in known}
+
+
+def _always(_: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _sentences(settings: Iterable[Compared], before: str = "", after: str = "") -> list[str]:
+    """Return a sentence for each setting in which rows leave the paper's, and one for all those it is silent of.
+
+    `before` and `after` stand around a setting's key in the former, and before the latter.
+    """
+    found, silent = [], []
+    for key, theirs, ours in settings:
+        rows_with: dict[str, list[str]] = {}
+        for row, value in ours.items():
+            if _differs(key, theirs, value):
+                rows_with.setdefault(_text(value), []).append(row)
+        everywhere = len(rows_with) == 1 and sum(map(len, rows_with.values())) == len(ours)
+        here = "; ".join(text if everywhere else f"{text} for {', '.join(rows)}" for text, rows in rows_with.items())
+        if here and theirs == NOT_SAID:
+            silent.append(f"{key} ({here})")
+        elif here:
+            found.append(f"{before}{key}{after}: the paper has {_text(theirs)}, here {here}.")
+    where = f"{before.rstrip('.')}{after}: " if before else ""
+    return found + ([f"{where}the text we have does not say, here ours: {', '.join(silent)}."] if silent else [])
+
+
+def _differs(key: str, theirs: Any, ours: Any) -> bool:
+    if theirs == BY_ROW:
+        return False
+    if theirs == NOT_SAID:
+        return ours is not None and ours != _NEUTRAL.get(key.rsplit(".", 1)[-1], NOT_SAID)
+    return not _same(theirs, ours)
 
 
 def _same(theirs: Any, ours: Any) -> bool:
@@ -201,18 +262,14 @@ def _value(recipe: Recipe, key: str) -> Any:
     return value
 
 
-def _uses(recipe: Recipe, key: str) -> bool:
-    return all(_method(recipe).get(part, True) for part in _NEEDED_BY.get(key, ()))
-
-
-def _method(recipe: Recipe) -> dict[str, Any]:
-    return recipe.stage("pretrain").method
-
-
-def _method_value(recipe: Recipe, key: str) -> Any:
-    method = _method(recipe)
-    value = method.get(key, inspect.signature(PRETRAINERS[method["name"]]).parameters[key].default)
-    as_encoder = {"decoder_dim": "dim", "decoder_heads": "heads"}.get(key)
-    if value is None and as_encoder and recipe.model.encoder in VIT_SHAPES:
-        return getattr(VIT_SHAPES[recipe.model.encoder], as_encoder)
-    return value
+def _method(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return the method's settings by name, its constructor's defaults filled in, with its own "name"."""
+    tables: dict[str, Mapping[str, Any]] = {"pretrain": PRETRAINERS, "finetune": FINETUNERS}
+    given = recipe.stage(stage).method
+    parameters = inspect.signature(tables[stage][given["name"]]).parameters
+    settings = {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
+    shape = VIT_SHAPES.get(recipe.model.encoder)
+    for key, as_encoder in (("decoder_dim", "dim"), ("decoder_heads", "heads")):
+        if key in settings and settings[key] is None and shape is not None:
+            settings[key] = getattr(shape, as_encoder)
+    return {"name": given["name"], **{key: settings[key] for key in settings if key not in _EXEMPT_OF_METHODS}}

@@ -75,6 +75,11 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     seed_step(recipe.run.seed, 0, stream=1)
     objective = objective_for("pretrain", recipe, recipe.model.weights, len(data.dataset.label_names))
     body = body_for(objective, data)
+    if section.batch_size < objective.min_batch:  # told before the superpixels are made, which takes minutes
+        raise UserError(
+            f"The method '{section.method['name']}' compares the images of a batch, and pretrain.batch_size is "
+            f"{section.batch_size}: set it to {objective.min_batch} or more."
+        )
     maps = {name: _superpixels(data, slic) for name, slic in objective.maps().items()}
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
     probe = probe_for(stage, data, body, section.probe_every, recipe.model.size)
@@ -112,9 +117,16 @@ def body_for(objective: Objective, data: Prepared) -> list[int]:
         if not body:
             raise UserError("No image to pre-train on has a mask and is no copy of a test image; add some.")
         return body
-    body = [i for i in data.body if data.dataset.labels[i] >= 0] if objective.needs_labels else data.body
+    if not objective.needs_labels:
+        return data.body
+    body = [i for i in data.body if data.dataset.labels[i] >= 0]
     if not body:
         raise UserError("No image to pre-train on has a class label; fill the manifest's column 'label'.")
+    if len(set(data.dataset.labels[body].tolist())) < 2:
+        raise UserError(
+            "The images to pre-train on are all of one class by the manifest's column 'label', so that there is "
+            "nothing to tell apart: label those of others too, or choose a method that needs no labels."
+        )
     return body
 
 

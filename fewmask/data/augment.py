@@ -16,6 +16,7 @@ from torch import Tensor
 from fewmask.data.colour import Chain, ColourJitter, GaussianBlur, GaussianNoise, Picture
 from fewmask.data.geometry import (
     affine,
+    check_area,
     check_range,
     crop_resize,
     flip_boxes,
@@ -85,7 +86,7 @@ class PretrainViews:
     colour: Picture | None = None
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale)
+        check_area("crop_scale", self.scale)
         check_range("ratio", self.ratio)
 
     def __call__(self, batch: Batch) -> Batch:

@@ -28,6 +28,14 @@ def check_range(name: str, bounds: tuple[float, float]) -> None:
         raise UserError(f"'{name}' cannot be {tuple(bounds)}: give two numbers with 0 < first <= second.")
 
 
+def check_area(name: str, bounds: tuple[float, float]) -> None:
+    """Raise a UserError unless 0 < low <= high <= 1: shares of the image's area that a crop may have."""
+    if not 0 < bounds[0] <= bounds[1] <= 1:
+        raise UserError(
+            f"'{name}' cannot be {tuple(bounds)}: give two shares of the image's area with 0 < first <= second <= 1."
+        )
+
+
 def whole_boxes(num: int) -> Tensor:
     """Return the boxes (num, 4) that cover the whole image (see `crop_resize`)."""
     return torch.tensor([0.0, 1.0, 0.0, 1.0]).repeat(num, 1)

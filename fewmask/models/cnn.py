@@ -43,8 +43,22 @@ class Cnn(Encoder):
         self.body: Any = create_body(name, drop_path)
         used = [(c, 2**i) for i, c in enumerate(self.body.out_channels) if c and i]
         self.channels, self.strides = tuple(c for c, _ in used), tuple(s for _, s in used)
+        self.check_features()
         if norm_eps is not None:
             self.set_norm_eps(norm_eps)
+
+    @torch.no_grad()
+    def check_features(self) -> None:
+        """Raise a UserError unless an image gives the features that timm declares: some networks do not pad."""
+        self.eval()
+        try:
+            found = [tuple(feature.shape[1:]) for feature in self(torch.zeros(1, 3, self.size, self.size))]
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            raise _unsuited(self.name, str(error)) from None
+        self.train()
+        if found != [(c, self.size // s, self.size // s) for c, s in zip(self.channels, self.strides, strict=True)]:
+            sides = ", ".join(str(side) for _, side, _ in found)
+            raise _unsuited(self.name, f"an image of {self.size} pixels gives features of {sides}")
 
     def set_norm_eps(self, eps: float) -> None:
         """Set the epsilon of every batch normalisation, and remember it as a setting."""
@@ -68,13 +82,17 @@ def create_body(name: str, drop_path: float) -> Any:
     try:
         body = get_encoder(f"tu-{name}", in_channels=3, depth=5, weights=None, **options)
     except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError) as error:
-        raise UserError(
-            f"The timm model '{name}' cannot be an encoder with these settings ({error}): choose a CNN with features "
-            "at strides 2 to 32, for example efficientnet_lite0."
-        ) from None
+        raise _unsuited(name, str(error)) from None
     if len(body.out_channels) != 6:
-        raise UserError(f"The timm model '{name}' has no features at strides 2 to 32: choose efficientnet_lite0, say.")
+        raise _unsuited(name, f"it has {len(body.out_channels) - 1} features")
     for module in body.modules():
         if type(module) is nn.Conv2d and module.groups > 1 and module.groups == module.in_channels:
             module.__class__ = DepthwiseConv2d
     return body
+
+
+def _unsuited(name: str, reason: str) -> UserError:
+    return UserError(
+        f"The timm model '{name}' cannot be an encoder with these settings ({reason}): choose a CNN with features at "
+        "strides 2 to 32, for example efficientnet_lite0."
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewmask.data.augment import stack_mask, unstack
 from fewmask.data.colour import Chain, ColourJitter, GaussianBlur, Picture, RandomGrayscale, apply_to_some
-from fewmask.data.geometry import check_range, crop_resize, flip_boxes, random_boxes, random_flips
+from fewmask.data.geometry import check_area, check_range, crop_resize, flip_boxes, random_boxes, random_flips
 from fewmask.data.preprocess import normalise
 from fewmask.types import Batch
 
@@ -53,7 +53,7 @@ class CropViews:
     pair: bool = False
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale)
+        check_area("crop_scale", self.scale)
         check_range("ratio", self.ratio)
 
     def __call__(self, batch: Batch) -> Batch:
@@ -105,8 +105,8 @@ class MultiCropViews:
     vertical: bool = True
 
     def __post_init__(self) -> None:
-        check_range("scale", self.scale)
-        check_range("local_scale", self.local_scale)
+        check_area("crop_scale", self.scale)
+        check_area("local_scale", self.local_scale)
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch of crops; it has no mask."""

@@ -25,7 +25,10 @@ from fewmask.pretrain.self_distillation import (
 )
 from fewmask.types import Batch, UserError, Views
 
-ADVICE = "raise pretrain.batch_size or method.momentum, or lower pretrain.lr or method.tau_t"
+ADVICE = (
+    "raise pretrain.batch_size or pretrain.method.momentum, or lower pretrain.lr or pretrain.method.tau_t, in another "
+    "output folder"
+)
 
 
 class DINO(Objective):
@@ -43,6 +46,8 @@ class DINO(Objective):
     `local_size` is in pixels, by default 3/7 of the image size in whole strides of the encoder. Raises UserError for
     settings that cannot work and, when called, for a batch of one image.
     """
+
+    min_batch = 2
 
     def __init__(
         self,

@@ -28,9 +28,10 @@ from fewmask.pretrain.student import DecoderShape, Hidden, build_student
 from fewmask.types import Batch, UserError, Views
 
 PREVIEW_SEED = 0
+TEMPERATURE = " or pretrain.method.tau_t"
 ADVICE = (
-    "raise pretrain.batch_size or method.momentum, lower pretrain.lr or method.tau_t, or give the reconstruction more "
-    "weight (method.reconstruction_weight)"
+    f"raise pretrain.batch_size or pretrain.method.momentum, lower pretrain.lr{TEMPERATURE}, or give the "
+    "reconstruction more weight (pretrain.method.reconstruction_weight), in another output folder"
 )
 
 
@@ -56,6 +57,8 @@ class G2LL(Objective):
 
     Raises UserError for settings that cannot work and, when called, for a batch of one image or without superpixels.
     """
+
+    min_batch = 2
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from fewmask.pretrain.collapse import CollapseGuard
 from fewmask.pretrain.crops import CropViews
 from fewmask.pretrain.dynamic_features import DynamicFeatures
 from fewmask.pretrain.exterior_conversion import ConversionName, ConvertedViews, ExteriorConversion
-from fewmask.pretrain.g2ll import ADVICE, check_weights
+from fewmask.pretrain.g2ll import ADVICE, TEMPERATURE, check_weights
 from fewmask.pretrain.projector import Projector
 from fewmask.pretrain.self_distillation import (
     Centre,
@@ -96,6 +96,7 @@ class TEDMAE(Objective):
         self.masking, self.superpixels = build_masks(
             mask, self.student.num_patches, mask_ratio, focal_share, num_segments
         )
+        self.min_batch = 2 if teacher else 1
         self.has_teacher, self.ec, self.kind = teacher, teacher and ec, distillation
         self.conversion = ExteriorConversion(conversion)
         dim = global_dim(encoder)
@@ -105,7 +106,8 @@ class TEDMAE(Objective):
         self.merge = DynamicFeatures(dim, reduction) if teacher and df else None
         self.teacher = Teacher(self.followed(), momentum) if teacher else None
         self.centre = Centre(num_prototypes, centre_momentum)
-        self.guard = CollapseGuard(ADVICE, collapse_patience)
+        advice = ADVICE if distillation == "cls" else ADVICE.replace(TEMPERATURE, "")  # a cosine has none
+        self.guard = CollapseGuard(advice, collapse_patience)
         self.tau_s, self.tau_t = tau_s, tau_t
         self.reconstruction_weight, self.distillation_weight = reconstruction_weight, distillation_weight
         self.crop_scale, self.vertical_flip = crop_scale, vertical_flip

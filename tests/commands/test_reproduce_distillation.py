@@ -186,7 +186,7 @@ def test_the_page_says_that_it_is_written_from_the_abstract(finished):
         "## Size and speed",
         "## Paired differences of boundary IoU, points",
         "boundary IoU (95 %)",
-        "student.encoder: the text we have does not say, here tiny.",
+        "the text we have does not say, here ours: student.encoder (tiny), ",
         "here 2 of a cell's teacher and of each of its students",
     ):
         assert text in page

@@ -109,13 +109,13 @@ class Pictures:
         return Batch(image[part], names[part], label=(torch.arange(BATCH) % 2)[part], extra=extra)
 
 
-def objective_of(name: str, shared: bool = True) -> Objective:
+def objective_of(name: str, shared: bool = True, **more: object) -> Objective:
     """Return a small objective of a method; `shared` makes what it draws a function of the image."""
     torch.manual_seed(0)
     method, settings = METHODS[name]
     encoder = build_encoder("vit_tiny_patch16", size=SIZE)
     encoder.body.blocks = encoder.body.blocks[:2]
-    made = method(encoder, **settings)
+    made = method(encoder, **settings, **more)
     if shared:
         views = per_image(made.views())
         made.views = lambda: views
@@ -150,6 +150,9 @@ def work(rank: int, folder: Path, jobs: list[str]) -> None:
         objective = objective_of(name)
         facts = train(folder / job, objective, optimiser=optimiser)
         torch.save({"state": objective.state_dict(), "facts": facts}, folder / f"{job}.{rank}.pt")
+    objective = objective_of("g2ll", shared=False)
+    facts = train(folder / "grown", objective, Pictures(), epochs=3)  # what one process has left
+    torch.save({"state": objective.state_dict(), "facts": facts}, folder / f"grown.{rank}.pt")
     objective = objective_of("g2ll", shared=False)
     try:  # one process alone is told to stop; both have to
         train(folder / "stopped", objective, Pictures(stop=3, stop_rank=1), epochs=3)

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from fewmask.engine.checkpoint import checkpoints, load_checkpoint
+from fewmask.types import Interrupted
 from tests.engine.processes import METHODS, NUM_STEPS, Pictures, objective_of, train, work
 
 JOBS = [*(f"{name}-sgd" for name in METHODS), "g2ll-adamw"]
@@ -36,6 +37,9 @@ def _own_accelerator():
 def two(tmp_path_factory) -> Path:
     """The folder in which two processes have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
+    with pytest.raises(Interrupted):
+        train(folder / "grown", objective_of("g2ll", shared=False), Pictures(stop=3), epochs=3)
+    AcceleratorState._reset_state(reset_partial_state=True)
     multiprocessing.spawn(work, (folder, JOBS), nprocs=2)
     return folder
 
@@ -74,6 +78,17 @@ def test_all_that_is_learnt_or_averaged_moved(two):
             key for key in still if ".pos" in key or "guard" in key or "input_affine" in key or key.endswith("gate")
         }
         assert still == fixed, still - fixed
+
+
+def test_two_processes_go_on_with_what_one_has_left(two):
+    """They begin with its next step, end with the same state, and the last steps are theirs."""
+    first, second = (load(two / f"grown.{rank}.pt") for rank in (0, 1))
+    assert [facts["facts"]["num_processes"] for facts in (first, second)] == [2, 2]
+    assert first["facts"]["steps"] == 9
+    assert [key for key in first["state"] if not torch.equal(first["state"][key], second["state"][key])] == []
+    lines = [json.loads(line) for line in (two / "grown" / "pretrain" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "resume"] == [4]
+    assert all(math.isfinite(line["loss"]) for line in lines if line["kind"] == "step")
 
 
 def test_one_process_goes_on_with_what_two_have_left(two, tmp_path):

@@ -42,6 +42,8 @@ def test_depthwise_convolution_stays_in_float32_under_autocast():
         ("resnet18", {"size": 100}, "image size of 100 .* multiple of 32: choose 96 or 128"),
         ("resnet18", {"size": 0}, "image size of 0 .* choose 32"),
         ("vit_base_patch16_224", {}, "'vit_base_patch16_224' cannot be an encoder .* choose a CNN"),
+        ("inception_v3", {}, "'inception_v3' cannot be an encoder .*Kernel size"),
+        ("inception_v3", {"size": 96}, "an image of 96 pixels gives features of 45, 20, 9, 4, 1"),
         ("vgg11", {"drop_path": 0.1}, "'vgg11' cannot be an encoder with these settings"),
     ],
 )

@@ -14,6 +14,8 @@ from torch import multiprocessing as mp
 from fewmask.pretrain.collapse import CollapseGuard, entropies, feature_std, mean_over_processes
 from fewmask.pretrain.self_distillation import Centre
 from fewmask.types import UserError
+from tests.engine.processes import Pictures, objective_of
+from tests.engine.processes import train as train_method
 from tests.engine.tiny import TinyObjective, train
 
 
@@ -86,6 +88,20 @@ def test_a_training_of_few_steps_is_stopped_too(collapses_at, stops_at, tmp_path
     with pytest.raises(UserError, match="collapsed"):
         train(tmp_path, epochs=50, every=1e9, objective=objective)  # 150 steps, 60 of them are too many
     assert made[0].step == stops_at
+
+
+@pytest.mark.parametrize("method", ["dino", "g2ll", "tedmae"])
+def test_every_method_with_a_teacher_is_stopped_by_its_guard(method, tmp_path):
+    objective = objective_of(method, shared=False, collapse_patience=5)
+    embedding = objective.product().body.patch_embed
+    with torch.no_grad():
+        for parameter in embedding.parameters():
+            parameter.zero_()
+    embedding.requires_grad_(False)  # whatever the image is, the tokens are the same
+    stream = Pictures()
+    with pytest.raises(UserError, match=r"collapsed: its features differ by less than .* steps in a row"):
+        train_method(tmp_path, objective, stream, epochs=20)
+    assert len(stream.asked) < 60
 
 
 def test_a_slow_start_of_a_resumed_training_does_not_shorten_the_patience():

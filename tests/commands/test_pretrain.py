@@ -1,0 +1,103 @@
+"""`fewmask pretrain` by name: what a method is given of the data, what it leaves to look at, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from fewmask.commands.stages import METHODS
+from fewmask.config import load_recipe
+from fewmask.pretrain.g2ll import G2LL
+from tests.commands.conftest import read_rows, write_rows
+
+SHORT = (
+    "model.encoder=vit_tiny_patch16", "model.size=32", "pretrain.epochs=1", "pretrain.min_epoch_steps=2",
+    "pretrain.batch_size=4", "run.device=cpu",
+)  # fmt: skip
+SMALL = ("pretrain.method.num_prototypes=12", "pretrain.method.projector_hidden=16", "pretrain.method.decoder_depth=1")
+
+
+class Seen(G2LL):
+    """Notes how many regions the superpixels of the pictures have that it is shown."""
+
+    regions: list[int] = []
+
+    def forward(self, batch):
+        self.regions += [len(torch.unique(one)) for one in batch.extra["superpixels"]]
+        return super().forward(batch)
+
+
+def test_g2ll_is_given_superpixels_and_its_report_shows_them(drawn, tmp_path, monkeypatch, fewmask):
+    monkeypatch.setitem(METHODS["pretrain"], "g2ll", Seen)
+    Seen.regions.clear()
+    run = tmp_path / "run"
+    code, _, err = fewmask("pretrain", "g2ll", f"data.root={drawn}", f"run.out={run}", *SHORT, *SMALL)
+    assert code == 0, err
+    assert len(Seen.regions) % 4 == 0  # whole batches
+    assert max(Seen.regions) > 2  # crops of drawn pictures that SLIC has cut into about eight parts
+    assert fewmask("report", run, "--out", tmp_path / "report.html")[0] == 0
+    page = (tmp_path / "report.html").read_text()
+    for words in ("Superpixels", "Reconstruction", "Loss term: reconstruction", "Loss term: distillation"):
+        assert words in page
+    width = re.compile(rb"IHDR\x00\x00(..)\x00\x00(..)", re.DOTALL)
+    sizes = [width.search(path.read_bytes()) for path in sorted((run / "pretrain" / "preview").iterdir())]
+    assert {tuple(int.from_bytes(side, "big") for side in size.groups()) for size in sizes if size} == {(4 * 32, 32)}
+
+
+@pytest.mark.parametrize("method", ["g2ll", "tedmae", "dino"])
+def test_a_batch_of_one_is_refused_before_the_superpixels_are_made(method, drawn, tmp_path, fewmask):
+    words = (f"data.root={drawn}", f"run.out={tmp_path / 'run'}", *SHORT, "pretrain.batch_size=1")
+    code, _, err = fewmask("pretrain", method, *words)
+    assert code == 1
+    assert f"'{method}' compares the images of a batch, and pretrain.batch_size is 1: set it to 2 or more" in err
+    assert "superpixels" not in err
+
+
+def test_supervised_is_refused_where_all_that_it_trains_on_is_of_one_class(drawn, tmp_path, fewmask):
+    data = shutil.copytree(drawn, tmp_path / "data")
+    rows = read_rows(data / "manifest.csv")
+    for row in rows:
+        row["split"], row["label"] = ("val", "b") if row["group"] == rows[0]["group"] else ("train", "a")
+    write_rows(data / "manifest.csv", rows)
+    code, _, err = fewmask("pretrain", "supervised", f"data.root={data}", f"run.out={tmp_path / 'run'}", *SHORT)
+    assert code == 1
+    assert "all of one class" in err
+    assert not (tmp_path / "run" / "pretrain" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "words"),
+    [
+        ("g2ll", "mask_ratio=nan", "finite"),
+        ("mae", "mask_ratio=inf", "finite"),
+        ("g2ll", "tau_t=inf", "finite"),
+        ("tedmae", "distillation_weight=nan", "finite"),
+        ("dino", "crop_scale=[1.5, 2.0]", "'crop_scale' cannot be"),
+        ("dino", "local_scale=[0.5, 1.1]", "'local_scale' cannot be"),
+        ("mae", "crop_scale=[0.5, 1.5]", "'crop_scale' cannot be"),
+    ],
+)
+def test_impossible_numbers_of_a_method_are_told(method, setting, words, drawn, tmp_path, fewmask):
+    given = (f"data.root={drawn}", f"run.out={tmp_path / 'run'}", *SHORT, f"pretrain.method.{setting}")
+    code, _, err = fewmask("pretrain", method, *given)
+    assert code == 1
+    assert words in err[err.rindex("fewmask: ") :]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("recipe", ["g2ll", "tedmae", "dino"])
+def test_what_the_guard_advises_can_be_set(recipe, tmp_path):
+    method = load_recipe(recipe).stage("pretrain").method
+    from tests.pretrain.test_contract import objective
+
+    advice = objective(method["name"]).guard.advice
+    keys = re.findall(r"pretrain(?:\.\w+)+", advice)
+    assert len(keys) >= 4
+    for key in keys:
+        value = "8" if key.endswith("batch_size") else "0.5"
+        for name in (recipe, "run"):
+            words = [f"{key}={value}"] if name == recipe else [f"pretrain.method={recipe}", f"{key}={value}"]
+            load_recipe(name, words)
