@@ -123,8 +123,9 @@ class StageSection(Section):
 
     In a chain with `run.time`, pre-training gets `share` of the time and fine-tuning the rest. `instead` is the method
     that a chain pre-trains by where `figure` is not for the images ("none": `figure` all the same), at the learning
-    rate `instead_lr` (0: `lr`). `probe_every` is
-    the number of epochs between two looks at how well the features tell classes apart (pre-training only; 0: never).
+    rate `instead_lr` (0: `lr`). Towards the end of the training `weight_decay` becomes `weight_decay_end`, if that is
+    given. `probe_every` is the number of epochs between two looks at how well the features tell classes apart
+    (pre-training only; 0: never).
     """
 
     method: dict[str, Any]
@@ -136,6 +137,7 @@ class StageSection(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay_end: Annotated[float, Field(ge=0)] | None = None
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     optimiser: Literal["adamw", "adam", "sgd"] = "adamw"
     clip: Annotated[float, Field(ge=0)] = 3.0

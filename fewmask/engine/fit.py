@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from fewmask.config import RunSection, StageSection
 from fewmask.engine.checkpoint import restore_newest, save_checkpoint, write_tensors
-from fewmask.engine.optim import build_optimiser, learning_rate, set_learning_rate
+from fewmask.engine.optim import build_optimiser, learning_rate, set_schedule
 from fewmask.engine.run import is_main, leave_group_at_exit, seed_step
 from fewmask.engine.stage import Progress, Stage
 from fewmask.objective import Objective
@@ -185,7 +185,7 @@ class Fit:
         with torch.no_grad():
             batch = self.views(batch.to(self.accelerator.device))
             batch.image = batch.image.contiguous(memory_format=torch.channels_last)
-        set_learning_rate(self.raw_optimiser, learning_rate(progress, self.settings))
+        set_schedule(self.raw_optimiser, progress, self.settings)
         with self.accelerator.autocast(), _one_image_is_told(self.stage.name):
             terms = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Optimisers and their schedule: one cosine over the progress of the training, whatever bounds it."""
+"""Optimisers and their schedules: cosines over the progress of the training, whatever bounds it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ def learning_rate(progress: float, settings: StageSection) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * min(phase, 1.0)))
 
 
-def set_learning_rate(optimiser: Optimizer, lr: float) -> None:
-    """Give every group its share of the rate."""
+def weight_decay(progress: float, settings: StageSection) -> float:
+    """Return the decay at a progress in [0, 1]: a cosine from `weight_decay` to `weight_decay_end`, if given (DINO)."""
+    end = settings.weight_decay if settings.weight_decay_end is None else settings.weight_decay_end
+    return end + (settings.weight_decay - end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def set_schedule(optimiser: Optimizer, progress: float, settings: StageSection) -> None:
+    """Give every group its share of the rate, and those that decay the decay, at a progress in [0, 1]."""
+    lr, decay = learning_rate(progress, settings), weight_decay(progress, settings)
     for group in optimiser.param_groups:
         group["lr"] = lr * group["lr_scale"]
+        if group.get("decays", group["weight_decay"] > 0):  # older checkpoints do not say
+            group["weight_decay"] = decay
 
 
 def build_optimiser(model: nn.Module, settings: StageSection) -> Optimizer:
@@ -33,7 +42,8 @@ def build_optimiser(model: nn.Module, settings: StageSection) -> Optimizer:
     Vectors (biases, norms) and embeddings named `pos_embed`, `cls_token` or `mask_token` do not decay (MAE). The
     encoder's rate is scaled by `encoder_lr_scale`, and by `layer_decay ** (depth from the top)` for a ViT (BEiT, MAE).
     """
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    ever = max(settings.weight_decay, settings.weight_decay_end or 0.0) > 0
     depth = _encoder_depth(model)
     if settings.layer_decay != 1.0 and not depth:
         raise UserError("layer_decay needs an encoder made of blocks, such as a ViT; leave it out or set it to 1.0.")
@@ -41,9 +51,9 @@ def build_optimiser(model: nn.Module, settings: StageSection) -> Optimizer:
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "mask_token"))
-        decay = 0.0 if plain else settings.weight_decay
-        scale = _scale(name, depth, settings)
-        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+        decays, scale = ever and not plain, _scale(name, depth, settings)
+        first = {"params": [], "weight_decay": settings.weight_decay * decays, "lr_scale": scale, "decays": decays}
+        group = groups.setdefault((decays, scale), first)
         group["params"].append(parameter)
     ordered = [groups[key] for key in sorted(groups)]
     if settings.optimiser == "sgd":

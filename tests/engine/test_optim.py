@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fewmask.config import StageSection
-from fewmask.engine.optim import build_optimiser, learning_rate
+from fewmask.engine.optim import build_optimiser, learning_rate, set_schedule, weight_decay
 from fewmask.types import UserError
 from tests.engine.tiny import TinyObjective
 
@@ -38,6 +38,27 @@ def test_vectors_do_not_decay_and_every_parameter_is_in_one_group():
             assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
     listed = [id(p) for group in optimiser.param_groups for p in group["params"]]
     assert sorted(listed) == sorted(id(p) for p in objective.parameters())
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_the_decay_moves_by_a_cosine_from_its_start_to_its_end(progress, start, end):
+    settings = StageSection(method={"name": "x"}, weight_decay=start, weight_decay_end=end)
+    share = (1 - math.cos(math.pi * progress)) / 2
+    assert weight_decay(progress, settings) == pytest.approx((1 - share) * start + share * end)
+    constant = StageSection(method={"name": "x"}, weight_decay=start)
+    assert weight_decay(progress, constant) == pytest.approx(start)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.04])
+def test_only_what_decays_follows_the_decay(start):
+    objective = TinyObjective()
+    settings = StageSection(method={"name": "x"}, weight_decay=start, weight_decay_end=0.4, lr=1.0, warmup=0.0)
+    optimiser = build_optimiser(objective, settings)
+    set_schedule(optimiser, 1.0, settings)
+    for group in optimiser.param_groups:
+        assert group["lr"] == pytest.approx(0.0)
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.4 if parameter.ndim > 1 else 0.0)
 
 
 def test_layer_decay_follows_depth():

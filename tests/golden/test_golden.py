@@ -20,7 +20,7 @@ from fewmask.data.loader import Loader
 from fewmask.data.manifest import load_cases
 from fewmask.data.superpixels import superpixel_maps
 from fewmask.data.synthetic import make_dataset
-from fewmask.engine.optim import build_optimiser, learning_rate, set_learning_rate
+from fewmask.engine.optim import build_optimiser, set_schedule
 from fewmask.engine.run import seed_step
 from fewmask.models import build_encoder, build_segmenter
 
@@ -55,7 +55,7 @@ def first_losses(name, stage, dataset):
     optimiser, views, losses = build_optimiser(objective, section), objective.views(), []
     for step in range(STEPS):
         seed_step(0, step)
-        set_learning_rate(optimiser, learning_rate(0.1 + step / 100, section))
+        set_schedule(optimiser, 0.1 + step / 100, section)
         loss = objective(views(loader.batch(step)))["loss"]
         optimiser.zero_grad()
         loss.backward()
