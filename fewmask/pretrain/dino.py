@@ -40,7 +40,7 @@ class DINO(Objective):
     gradient for `freeze_last` of the training (one epoch of 100); the recipe's weight decay rises from 0.04 to 0.4.
     Ours: no local crops by default and 4,096 prototypes where the paper has 8 (of 96 pixels for 224) and 65,536; a
     constant tau_t (the paper's default too); `vertical_flip`. Code (DINO) judges the teacher; `keep` says which of the
-    two is the product. Its learning rate is 0.0005 per 256 images of a batch: at ten times that, all targets became
+    two is the product. Its learning rate is 0.0005 per 256 images of a batch: at 16 times that, all targets became
     alike within 20 steps (measured, batch 16).
 
     `local_size` is in pixels, by default 3/7 of the image size in whole strides of the encoder. Raises UserError for
