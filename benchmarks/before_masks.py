@@ -1,7 +1,7 @@
 """What is known before any mask: how well `figure`'s threshold, and networks that learnt from it, agree with masks.
 
     python -m benchmarks.before_masks DATA --manifest manifest_isic2017.csv --split train --num 300 \\
-        --weights RUNS/figure-pretrain/pretrain/model.safetensors --out benchmarks/results/before_masks_train.json
+        --weights figure:RUNS/figure-pretrain/pretrain/model.safetensors --out before_masks_train.json
 
 The rule sees each picture as training caches it, whole; where it tells no figure its mask is empty, and its Dice 0.
 Networks are EfficientNet-Lite0's U-Net at 128x128, as `pretrain figure` leaves them, with how far their encoder is
@@ -11,6 +11,7 @@ from the packaged weights. Dice is at the masks' own size, intervals over patien
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,10 +30,11 @@ from fewmask.evaluate.results import Row
 from fewmask.evaluate.score import compare, score_cases, summarise
 from fewmask.models import Segmenter, build_encoder, build_segmenter
 from fewmask.models.weights import load_decoder
-from fewmask.pretrain.figure import FigureRule, find_figure
+from fewmask.pretrain.figure import Figure, FigureRule, find_figure
 from fewmask.types import Case
 
-RULE = FigureRule(min_area=0.01, max_border=0.25, min_explained=0.5)  # what `figure` takes unless told
+UNLESS_TOLD = inspect.signature(Figure).parameters
+RULE = FigureRule(*(UNLESS_TOLD[name].default for name in FigureRule._fields))
 ENCODER = "efficientnet_lite0"
 
 
@@ -101,7 +103,9 @@ def main() -> None:
         "told": len(told) / len(cases), "rule": described(rule, told), "networks": {},
     }  # fmt: skip
     for text in args.weights:
-        name, _, path = text.partition(":")
+        name, colon, path = text.partition(":")
+        if not colon:
+            raise SystemExit(f"--weights {text} has no name: write NAME:{text}.")
         segmenter = network(path)
         rows = score_cases(partial(predict_probability, segmenter, size=SIZE), cases)
         found["networks"][name] = {

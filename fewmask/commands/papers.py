@@ -98,12 +98,17 @@ _NEUTRAL = {"encoder_lr_scale": 1.0, "layer_decay": 1.0, "encoder_settings": {},
 Compared = tuple[str, Any, Mapping[str, Any]]
 """A setting's key, the paper's value, and ours by row."""
 Used = Callable[[Mapping[str, Any]], bool]
-_WITH_TEACHER: Used = lambda method: bool(method.get("teacher", True))  # noqa: E731
+
+
+def _with_teacher(method: Mapping[str, Any]) -> bool:
+    return bool(method.get("teacher", True))
+
+
 _USED: dict[str, Used] = {
     **dict.fromkeys(
         ("num_prototypes", "projector_hidden", "projector_bottleneck", "momentum", "centre_momentum", "tau_s", "tau_t",
          "distillation", "distillation_weight", "reconstruction_weight"),
-        _WITH_TEACHER,
+        _with_teacher,
     ),
     "conversion": lambda method: method["teacher"] and method["ec"],
     "reduction": lambda method: method["teacher"] and method["df"],

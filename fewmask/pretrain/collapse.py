@@ -63,6 +63,15 @@ def entropy(probability: Tensor) -> Tensor:
     return torch.special.entr(probability).sum(-1)
 
 
+def advice(temperature: bool = True, reconstruction: bool = False) -> str:
+    """Return what to change after a collapse, for a teacher with a temperature or a loss that reconstructs too."""
+    ways = ["raise pretrain.batch_size or pretrain.method.momentum"]
+    ways.append(f"lower pretrain.lr{' or pretrain.method.tau_t' if temperature else ''}")
+    if reconstruction:
+        ways.append("give the reconstruction more weight (pretrain.method.reconstruction_weight)")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}, in another output folder"
+
+
 class CollapseGuard(nn.Module):
     """Counts the steps in a row at which a sign of collapse was there, and stops the run after `patience` of them.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fewmask.data.preprocess import denormalise
 from fewmask.models import Encoder
 from fewmask.objective import Objective
-from fewmask.pretrain.collapse import CollapseGuard
+from fewmask.pretrain.collapse import CollapseGuard, advice
 from fewmask.pretrain.crops import MultiCropViews
 from fewmask.pretrain.projector import Projector
 from fewmask.pretrain.self_distillation import (
@@ -24,11 +24,6 @@ from fewmask.pretrain.self_distillation import (
     sharpen,
 )
 from fewmask.types import Batch, UserError, Views
-
-ADVICE = (
-    "raise pretrain.batch_size or pretrain.method.momentum, or lower pretrain.lr or pretrain.method.tau_t, in another "
-    "output folder"
-)
 
 
 class DINO(Objective):
@@ -76,7 +71,7 @@ class DINO(Objective):
         )
         self.teacher = Teacher(self.followed(), momentum)
         self.centre = Centre(num_prototypes, centre_momentum)
-        self.guard = CollapseGuard(ADVICE, collapse_patience)
+        self.guard = CollapseGuard(advice(), collapse_patience)
         self.tau_s, self.tau_t, self.keep = tau_s, tau_t, keep
         self.crop_views = MultiCropViews(
             encoder.size, crop_scale, num_local, check_local(encoder, num_local, local_size), local_scale,

@@ -11,7 +11,7 @@ from fewmask.data.preprocess import denormalise
 from fewmask.data.superpixels import Slic
 from fewmask.models import Encoder
 from fewmask.objective import Objective
-from fewmask.pretrain.collapse import CollapseGuard
+from fewmask.pretrain.collapse import CollapseGuard, advice
 from fewmask.pretrain.crops import SSL_COLOUR, CropViews
 from fewmask.pretrain.projector import Projector
 from fewmask.pretrain.self_distillation import (
@@ -28,11 +28,6 @@ from fewmask.pretrain.student import DecoderShape, Hidden, build_student
 from fewmask.types import Batch, UserError, Views
 
 PREVIEW_SEED = 0
-TEMPERATURE = " or pretrain.method.tau_t"
-ADVICE = (
-    f"raise pretrain.batch_size or pretrain.method.momentum, lower pretrain.lr{TEMPERATURE}, or give the "
-    "reconstruction more weight (pretrain.method.reconstruction_weight), in another output folder"
-)
 
 
 class G2LL(Objective):
@@ -97,7 +92,7 @@ class G2LL(Objective):
         self.projector = Projector(global_dim(encoder), num_prototypes, projector_hidden, projector_bottleneck)
         self.teacher = Teacher(self.followed(), momentum)
         self.centre = Centre(num_prototypes, centre_momentum)
-        self.guard = CollapseGuard(ADVICE, collapse_patience)
+        self.guard = CollapseGuard(advice(reconstruction=True), collapse_patience)
         self.tau_s, self.tau_t = tau_s, tau_t
         self.reconstruction_weight, self.distillation_weight = reconstruction_weight, distillation_weight
         self.crop_scale, self.vertical_flip = crop_scale, vertical_flip

@@ -11,11 +11,11 @@ from fewmask.data.preprocess import denormalise
 from fewmask.data.superpixels import Slic
 from fewmask.models import Encoder
 from fewmask.objective import Objective
-from fewmask.pretrain.collapse import CollapseGuard
+from fewmask.pretrain.collapse import CollapseGuard, advice
 from fewmask.pretrain.crops import CropViews
 from fewmask.pretrain.dynamic_features import DynamicFeatures
 from fewmask.pretrain.exterior_conversion import ConversionName, ConvertedViews, ExteriorConversion
-from fewmask.pretrain.g2ll import ADVICE, TEMPERATURE, check_weights
+from fewmask.pretrain.g2ll import check_weights
 from fewmask.pretrain.projector import Projector
 from fewmask.pretrain.self_distillation import (
     Centre,
@@ -106,8 +106,7 @@ class TEDMAE(Objective):
         self.merge = DynamicFeatures(dim, reduction) if teacher and df else None
         self.teacher = Teacher(self.followed(), momentum) if teacher else None
         self.centre = Centre(num_prototypes, centre_momentum)
-        advice = ADVICE if distillation == "cls" else ADVICE.replace(TEMPERATURE, "")  # a cosine has none
-        self.guard = CollapseGuard(advice, collapse_patience)
+        self.guard = CollapseGuard(advice(distillation == "cls", reconstruction=True), collapse_patience)
         self.tau_s, self.tau_t = tau_s, tau_t
         self.reconstruction_weight, self.distillation_weight = reconstruction_weight, distillation_weight
         self.crop_scale, self.vertical_flip = crop_scale, vertical_flip

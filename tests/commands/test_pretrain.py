@@ -10,8 +10,10 @@ import torch
 
 from fewmask.commands.stages import METHODS
 from fewmask.config import load_recipe
+from fewmask.data.reading import read_image
 from fewmask.pretrain.g2ll import G2LL
 from tests.commands.conftest import read_rows, write_rows
+from tests.pretrain.test_contract import objective
 
 SHORT = (
     "model.encoder=vit_tiny_patch16", "model.size=32", "pretrain.epochs=1", "pretrain.min_epoch_steps=2",
@@ -42,18 +44,18 @@ def test_g2ll_is_given_superpixels_and_its_report_shows_them(drawn, tmp_path, mo
     page = (tmp_path / "report.html").read_text()
     for words in ("Superpixels", "Reconstruction", "Loss term: reconstruction", "Loss term: distillation"):
         assert words in page
-    width = re.compile(rb"IHDR\x00\x00(..)\x00\x00(..)", re.DOTALL)
-    sizes = [width.search(path.read_bytes()) for path in sorted((run / "pretrain" / "preview").iterdir())]
-    assert {tuple(int.from_bytes(side, "big") for side in size.groups()) for size in sizes if size} == {(4 * 32, 32)}
+    assert {read_image(path).shape for path in (run / "pretrain" / "preview").iterdir()} == {(32, 4 * 32, 3)}
 
 
 @pytest.mark.parametrize("method", ["g2ll", "tedmae", "dino"])
-def test_a_batch_of_one_is_refused_before_the_superpixels_are_made(method, drawn, tmp_path, fewmask):
+def test_a_batch_of_one_is_refused_before_the_superpixels_are_made(method, drawn, tmp_path, monkeypatch, fewmask):
+    made = []
+    monkeypatch.setattr("fewmask.commands.stages.superpixel_maps", lambda *_, **__: made.append(method))
     words = (f"data.root={drawn}", f"run.out={tmp_path / 'run'}", *SHORT, "pretrain.batch_size=1")
     code, _, err = fewmask("pretrain", method, *words)
     assert code == 1
     assert f"'{method}' compares the images of a batch, and pretrain.batch_size is 1: set it to 2 or more" in err
-    assert "superpixels" not in err
+    assert made == []
 
 
 def test_supervised_is_refused_where_all_that_it_trains_on_is_of_one_class(drawn, tmp_path, fewmask):
@@ -89,15 +91,18 @@ def test_impossible_numbers_of_a_method_are_told(method, setting, words, drawn, 
 
 
 @pytest.mark.parametrize("recipe", ["g2ll", "tedmae", "dino"])
-def test_what_the_guard_advises_can_be_set(recipe, tmp_path):
-    method = load_recipe(recipe).stage("pretrain").method
-    from tests.pretrain.test_contract import objective
-
-    advice = objective(method["name"]).guard.advice
-    keys = re.findall(r"pretrain(?:\.\w+)+", advice)
+def test_what_the_guard_advises_can_be_set(recipe):
+    keys = re.findall(r"pretrain(?:\.\w+)+", objective(recipe).guard.advice)
     assert len(keys) >= 4
     for key in keys:
         value = "8" if key.endswith("batch_size") else "0.5"
         for name in (recipe, "run"):
             words = [f"{key}={value}"] if name == recipe else [f"pretrain.method={recipe}", f"{key}={value}"]
             load_recipe(name, words)
+        if key.startswith("pretrain.method."):
+            objective(recipe, **{key.rsplit(".", 1)[-1]: 0.5})
+
+
+def test_a_cosine_has_no_temperature_to_lower():
+    assert "tau_t" in objective("tedmae").guard.advice
+    assert "tau_t" not in objective("tedmae", distillation="cosine").guard.advice
