@@ -55,10 +55,12 @@ DECODERS = {
 }
 """The decoder of lightly's example (and of MAE), and the one of G2LL, twice as wide as that of fewmask's recipe."""
 
+EXAMPLE = "mae 512x8"
 CELLS = [
     "mae 512x8 on vit_tiny_patch8@128", "mae 384x2 on vit_tiny_patch8@128", "dino on vit_tiny_patch8@128",
-    "mae 384x2 on vit_tiny_patch16@224", "dino on vit_tiny_patch16@224",
+    "mae 384x2 on vit_tiny_patch16@224", "dino on vit_tiny_patch16@224", "mae on vit_tiny_patch8@128",
 ]  # fmt: skip
+"""What is compared; "mae" without a decoder is each side as it comes: fewmask's recipe, lightly's example."""
 
 RECIPES = ["mae", "dino", "g2ll", "tedmae", "simmim", "supervised"]
 
@@ -246,7 +248,7 @@ def compare(name: str, encoder: str, size: int, precision: str, args: argparse.N
     loop = without_views(build_loop(objective, raw, section, precision, folder))
     batch = loop.loader.batch(0)
     if method == "mae":
-        shape = DECODERS[name]
+        shape = DECODERS.get(name, DECODERS[EXAMPLE])
         vit, views = plain_vit(encoder, size, ""), [batch.image]
         model: LightlyMAE | LightlyDINO = LightlyMAE(vit, *shape.values())
     else:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fewmask.models.attention import Attention, attend
 from fewmask.models.vit import Vit, sine_cosine
@@ -19,8 +18,9 @@ class PatchDecoder(nn.Module):
     """The decoder of MAE (He et al. 2022): a mask token stands for each hidden patch, positions are fixed sine-cosine.
 
     The visible tokens come first and the mask tokens after them, whatever their place in the image: attention does
-    not mind the order, and nothing has to be shuffled back. Ours: the last block runs for the mask tokens only, as the
-    visible ones are not read after it (see `last_tokens`).
+    not mind the order, and nothing has to be shuffled back. Ours, for speed and without a difference: the first block
+    projects the mask tokens, which are the same in all images, once for a batch; the last block runs for the mask
+    tokens only, as the visible ones are not read after it.
     """
 
     def __init__(self, encoder_dim: int, grid: int, patch: int, dim: int, depth: int, heads: int) -> None:
@@ -41,15 +41,17 @@ class PatchDecoder(nn.Module):
 
         `tokens` (b, 1 + k, d) are the encoder's, class token first; `visible` (b, k) and `masked` (b, m) are indices.
         """
-        positions = self.positions.expand(len(tokens), -1, -1)
         embedded = self.embed(tokens)
-        known = embedded[:, 1:] + take(positions, visible)
-        unknown = self.mask_token + take(positions, masked)
-        x = torch.cat([embedded[:, :1], known, unknown.to(known.dtype)], dim=1)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        return self.head(self.norm(last_tokens(last, x, masked.shape[1])))
+        known = embedded[:, 1:] + take(self.positions.expand(len(tokens), -1, -1), visible)
+        known = torch.cat([embedded[:, :1], known], dim=1)
+        unknown = (self.mask_token + self.positions).to(known.dtype)
+        block, *others = self.blocks
+        x = append_taken(known, unknown, masked)
+        projected = append_taken(project(block, known), project(block, unknown), masked)
+        for following in others:
+            x = finish(block, x, projected, x.shape[1])
+            block, projected = following, project(following, x)
+        return self.head(self.norm(finish(block, x, projected, masked.shape[1])))
 
 
 def decoder_for(encoder: Vit, dim: int | None, depth: int, heads: int | None) -> PatchDecoder:
@@ -61,16 +63,24 @@ def decoder_for(encoder: Vit, dim: int | None, depth: int, heads: int | None) ->
     return PatchDecoder(encoder.dim, encoder.grid, encoder.patch, dim, depth, heads)
 
 
-def last_tokens(block: Any, x: Tensor, num: int) -> Tensor:
+def append_taken(rows: Tensor, shared: Tensor, index: Tensor) -> Tensor:
+    """Return `rows` (b, k, d) followed by the rows of `shared` (1, n, d) at the indices (b, m): (b, k + m, d)."""
+    return torch.cat([rows, take(shared.expand(len(rows), -1, -1), index)], dim=1)
+
+
+def project(block: Any, x: Tensor) -> Tensor:
+    """Return a block's queries, keys and values side by side, (b, n, 3 d), of tokens (b, n, d)."""
+    return block.attn.qkv(block.norm1(x))
+
+
+def finish(block: Any, x: Tensor, projected: Tensor, num: int) -> Tensor:
     """Return `block(x)[:, -num:]` (b, num, d) of tokens (b, n, d) without computing its other rows.
 
-    `block` is timm's, without layer scale or dropout. Keys and values come from all tokens, all else from the last.
+    `block` is timm's, without layer scale or dropout; `projected` is what `project` returns for all tokens.
     """
-    attention, seen, x = block.attn, block.norm1(x), x[:, -num:]
-    weight, bias, dim = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
-    query = F.linear(seen[:, -num:], weight[:dim], bias[:dim])
-    key, value = F.linear(seen, weight[dim:], bias[dim:]).chunk(2, dim=2)
-    x = x + attention.proj(attend(query, key, value, attention.num_heads))
+    query, key, value = projected.chunk(3, dim=2)
+    x = x[:, -num:]
+    x = x + block.attn.proj(attend(query[:, -num:], key, value, block.attn.num_heads))
     return x + block.mlp(block.norm2(x))
 
 
