@@ -8,8 +8,9 @@ split. Arms are compared image by image, averaged over the seeds. A finished run
         --arm simmim --arm "dino pretrain.lr=6e-5" --fractions 0.01 0.1 --seeds 3
 
 An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
-("slow:dino pretrain.lr=1e-5"). `--script-steps N` fine-tunes as a tutorial would, by N steps of the script of
-`plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`.
+("slow:dino pretrain.lr=1e-5"). `--weights NAME:FILE` is an arm that begins with weights made elsewhere, such as those
+of a network that was trained with every mask: what may be hoped for at most. `--script-steps N` fine-tunes as a
+tutorial would, by N steps of the script of `plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,14 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     name, colon, rest = text.partition(":")
     words = shlex.split(rest if colon else text)
     return (name if colon else words[0]), words
+
+
+def parse_weights(text: str) -> tuple[str, str]:
+    """Return an arm's name and the file that its weights are in."""
+    name, colon, path = text.partition(":")
+    if not (name and colon and Path(path).is_file()):
+        raise SystemExit(f"--weights {text}: give a name, a colon and a file of weights.")
+    return name, path
 
 
 def pretrain(args: argparse.Namespace, name: str, words: list[str]) -> Path:
@@ -165,15 +174,19 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--protocol", default="ISIC-2017", help="what the tables call these data and their splits")
     parser.add_argument("--arm", action="append", default=[], help="a recipe and settings; the control always runs")
+    parser.add_argument("--weights", action="append", default=[], help="an arm that begins with a file: NAME:FILE")
     parser.add_argument("--pretrain-time", default="10m")
     parser.add_argument("--finetune-time", default="4m")
     parser.add_argument("--script-steps", type=int, default=0, help="fine-tune by a plain script, so many steps of 16")
     parser.add_argument("--script-lr", type=float, default=1e-3, help="the script's constant learning rate")
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()
-    arms: dict[str, list[str] | None] = {CONTROL: None, **dict(map(parse_arm, args.arm))}
+    given = dict(map(parse_weights, args.weights))
+    pretrained = dict(map(parse_arm, args.arm))
+    arms: dict[str, list[str] | None] = {CONTROL: None, **pretrained, **{k: [f"weights={v}"] for k, v in given.items()}}
     remember(args, arms)
-    weights = {name: str(pretrain(args, name, words)) if words else "packaged" for name, words in arms.items()}
+    made = {name: str(pretrain(args, name, words)) for name, words in pretrained.items()}
+    weights = {CONTROL: "packaged", **made, **given}
     for seed in range(args.seeds):
         for fraction in args.fractions:
             for name in arms:
