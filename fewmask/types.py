@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,13 @@ class Case:
         return replace(self, split=split)
 
 
+class Share(NamedTuple):
+    """Which rows of a batch that several processes share are those of this one, and how many it has in all."""
+
+    places: tuple[int, ...]
+    total: int
+
+
 @dataclass(slots=True)
 class Batch:
     """What a loader yields and an objective reads.
@@ -55,7 +62,8 @@ class Batch:
     `label` is int64 (b,), -1 where unknown. `extra` holds what a method adds (a second view, a superpixel map).
     `features` are what was stored of a teacher's features, float16 (b, c_i, h_i, w_i), which the views of segmentation
     move with their picture. `other` is a batch of other images that is loaded beside this one, for an objective that
-    learns a second task from them.
+    learns a second task from them. `share` says where these images stand in the batch of all processes, None where
+    there is one.
     """
 
     image: Tensor
@@ -65,6 +73,7 @@ class Batch:
     extra: dict[str, Tensor] = field(default_factory=dict)
     features: list[Tensor] = field(default_factory=list)
     other: Batch | None = None
+    share: Share | None = None
 
     def to(self, device: object) -> Batch:
         """Return the batch on another device."""

@@ -16,3 +16,10 @@ from hypothesis import settings
 settings.register_profile("fewmask", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("fewmask")
+
+
+def pytest_runtest_setup() -> None:
+    """Forget the precision of an earlier test's training, which Accelerate keeps for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewmask.data.augment import stack_mask
 from fewmask.data.colour import Chain, ColourJitter, GaussianBlur, RandomGrayscale
 from fewmask.data.geometry import check_area, crop_resize, flip_boxes, random_boxes, random_flips, whole_boxes
+from fewmask.draws import rows_of_all
 from fewmask.types import Batch
 
 Kind = Literal["crop", "flip", "vertical_flip", "rotation", "colour"]
@@ -45,7 +46,7 @@ class Augmentation:
         boxes = random_boxes(len(x), self.crop_scale, self.ratio) if "crop" in self.kinds else whole_boxes(len(x))
         flips = random_flips(len(x), "flip" in self.kinds, "vertical_flip" in self.kinds)
         x = crop_resize(x, flip_boxes(boxes, *flips), size or self.size).clamp_(0, 1)
-        return turn_quarters(x, random_start())[0] if "rotation" in self.kinds else x
+        return turn_quarters(x, random_start(len(x)))[0] if "rotation" in self.kinds else x
 
     def colour(self, picture: Tensor) -> Tensor:
         """Return pictures (b, 3, s, s) in [0, 1] with another colour, where that is among the kinds."""
@@ -63,6 +64,6 @@ def turn_quarters(x: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return turned, (torch.arange(len(x), device=x.device) + start) % 4
 
 
-def random_start() -> int:
-    """Return which turn the first image gets, so that in a small batch, too, each turn is as likely as another."""
-    return int(torch.randint(4, ()))
+def random_start(num: int) -> int:
+    """Return which turn the first of `num` images gets, so that in a small batch, too, each turn is equally likely."""
+    return (int(torch.randint(4, ())) + int(rows_of_all(num)[0][0])) % 4

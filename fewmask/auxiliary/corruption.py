@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewmask.auxiliary.task import check_share
 from fewmask.data.colour import apply_to_some
+from fewmask.draws import draw_each
 
 NUM_KNOTS = 1000
 NUM_LEVELS = 256
@@ -51,8 +52,8 @@ def draw_curves(num: int) -> Tensor:
     A cubic Bezier curve from (0, 0) to (1, 1) with two random control points; half of them mirrored, so that they
     fall (paper, section 2.1; code: with probability 1/2).
     """
-    controls = torch.rand(2, num, 2)
-    falling = torch.rand(num) < 0.5
+    controls = draw_each(num, lambda n: torch.rand(2, n, 2).transpose(0, 1)).transpose(0, 1)
+    falling = draw_each(num, torch.rand) < 0.5
     across, up = bezier(controls[0]), bezier(controls[1])
     return tabulate(across, torch.where(falling[:, None], up.flip(1), up))
 
@@ -90,8 +91,8 @@ def shuffle_locally(x: Tensor) -> Tensor:
     """
     num, _, size, _ = x.shape
     largest = max(2, size // 10)
-    side = torch.randint(2, largest + 1, (num,))
-    offset = torch.randint(largest, (num, 2))
+    side = draw_each(num, lambda n: torch.randint(2, largest + 1, (n,)))
+    offset = draw_each(num, lambda n: torch.randint(largest, (n, 2)))
     return shuffle_within(x, block_numbers(size, side, offset).to(x.device))
 
 
@@ -107,7 +108,7 @@ def block_numbers(size: int, side: Tensor, offset: Tensor) -> Tensor:
 
 def shuffle_within(x: Tensor, block: Tensor) -> Tensor:
     """Return `x` (b, k, h, w) with the pixels of each block, numbered in `block` (b, h * w), in random order."""
-    noise = torch.randint(1 << SHUFFLE_BITS, block.shape, device=x.device)
+    noise = draw_each(len(x), lambda n: torch.randint(1 << SHUFFLE_BITS, (n, block.shape[1]), device=x.device))
     # Two orders that agree in the blocks: pixels sorted by block, and the same with chance inside each block.
     place = block.argsort(dim=1, stable=True)[:, None].expand(-1, x.shape[1], -1)
     source = ((block << SHUFFLE_BITS) + noise).argsort(1)[:, None].expand(-1, x.shape[1], -1)
@@ -124,9 +125,10 @@ def paint(x: Tensor, outpaint_share: float) -> Tensor:
     num, _, size, _ = x.shape
     blocks = draw_blocks(num, size, size // 6, size // 3, first=NEXT_BLOCK)
     windows = draw_blocks(num, size, size - 4 * size // 7, size - 3 * size // 7, first=1.0)
-    outside = (torch.rand(num) < outpaint_share)[:, None, None]
+    outside = (draw_each(num, torch.rand) < outpaint_share)[:, None, None]
     hidden = torch.where(outside, ~windows, blocks)[:, None].to(x.device)
-    return torch.where(hidden, torch.rand_like(x), x)
+    noise = draw_each(num, lambda n: torch.rand(n, *x.shape[1:], device=x.device))
+    return torch.where(hidden, noise, x)
 
 
 def draw_blocks(num: int, size: int, least: int, most: int, first: float) -> Tensor:
@@ -136,9 +138,9 @@ def draw_blocks(num: int, size: int, least: int, most: int, first: float) -> Ten
     """
     chance = torch.full((NUM_BLOCKS,), NEXT_BLOCK)
     chance[0] = first
-    there = (torch.rand(num, NUM_BLOCKS) < chance).cumprod(1).bool()
-    side = torch.randint(max(1, least), max(1, most) + 1, (num, NUM_BLOCKS, 2))
-    start = (torch.rand(num, NUM_BLOCKS, 2) * (size - side + 1)).long()
+    there = (draw_each(num, lambda n: torch.rand(n, NUM_BLOCKS)) < chance).cumprod(1).bool()
+    side = draw_each(num, lambda n: torch.randint(max(1, least), max(1, most) + 1, (n, NUM_BLOCKS, 2)))
+    start = (draw_each(num, lambda n: torch.rand(n, NUM_BLOCKS, 2)) * (size - side + 1)).long()
     line = torch.arange(size)
     inside = (line >= start[..., None]) & (line < (start + side)[..., None])
     rows, columns = inside.unbind(2)

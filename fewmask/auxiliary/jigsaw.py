@@ -15,6 +15,7 @@ from fewmask.auxiliary.augmentation import Kind
 from fewmask.auxiliary.task import AuxiliaryTask, check_share
 from fewmask.data.geometry import crop_resize, whole_boxes
 from fewmask.data.preprocess import denormalise, normalise
+from fewmask.draws import draw_each
 from fewmask.models import Encoder
 from fewmask.types import Batch, UserError
 
@@ -69,8 +70,8 @@ class Jigsaw(AuxiliaryTask):
     def see(self, batch: Batch) -> Batch:
         """Return the shuffled pictures, `extra["permutation"]` int64 (b,) the number of the order of each."""
         picture = self.augmentation.colour(self.augmentation.move(replace(batch, mask=None), SIDE * self.cell))
-        number = torch.randint(len(self.permutations), (len(picture),))
-        jitter = torch.randint(self.cell - self.tile + 1, (len(picture), NUM_TILES, 2))
+        number = draw_each(len(picture), lambda n: torch.randint(len(self.permutations), (n,)))
+        jitter = draw_each(len(picture), lambda n: torch.randint(self.cell - self.tile + 1, (n, NUM_TILES, 2)))
         shuffled = lay_tiles(picture, self.permutations[number], jitter, self.tile)[..., : self.size, : self.size]
         extra = {"permutation": number.to(picture.device)}
         return replace(batch, image=normalise(shuffled), mask=None, extra=extra)

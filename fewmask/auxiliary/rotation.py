@@ -44,7 +44,7 @@ class Rotation(AuxiliaryTask):
     def see(self, batch: Batch) -> Batch:
         """Return the turned pictures, `extra["turn"]` int64 (b,) the number of anticlockwise quarter turns."""
         picture = self.augmentation.colour(self.augmentation.move(replace(batch, mask=None)))
-        turned, turn = turn_quarters(picture, random_start())
+        turned, turn = turn_quarters(picture, random_start(len(picture)))
         return replace(batch, image=normalise(turned), mask=None, extra={"turn": turn})
 
     def forward(self, trunk: Encoder, batch: Batch) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from fewmask.data.geometry import (
     whole_boxes,
 )
 from fewmask.data.preprocess import normalise
+from fewmask.draws import draw_each
 from fewmask.types import Batch, Views
 
 Augment = Literal["full", "flips", "xray", "none"]
@@ -159,13 +160,13 @@ class SegmentViews:
     def _draw(self, num: int) -> Move:
         flips = random_flips(num, self.flip, self.vertical)
         matrices = self._draw_matrices(num, torch.stack(flips, 1))
-        return Move(torch.rand(num) < self.geometric, matrices, flip_boxes(whole_boxes(num), *flips))
+        return Move(draw_each(num, torch.rand) < self.geometric, matrices, flip_boxes(whole_boxes(num), *flips))
 
     def _draw_matrices(self, num: int, flips: Tensor) -> Tensor:
         angle = uniform(num, -self.rotate, self.rotate)
-        scale = self.scale[0] * (self.scale[1] / self.scale[0]) ** torch.rand(num)
+        scale = self.scale[0] * (self.scale[1] / self.scale[0]) ** draw_each(num, torch.rand)
         shear = uniform(num, -self.shear, self.shear)
-        shift = uniform(2 * num, -self.translate, self.translate).view(num, 2)
+        shift = draw_each(num, lambda n: torch.empty(n, 2).uniform_(-self.translate, self.translate))
         return affine(angle, scale, shear, shift, 1 - 2 * flips.float())
 
 

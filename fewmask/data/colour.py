@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewmask.data.geometry import check_range, uniform
+from fewmask.draws import draw_each, drawing_for, rows_of_all
+from fewmask.types import Share
 
 Picture = Callable[[Tensor], Tensor]
 
@@ -23,13 +25,21 @@ YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, 
 
 def apply_to_some(x: Tensor, probability: float, change: Picture) -> Tensor:
     """Return `x` with `change` applied to each picture with a probability; the input is left as it is."""
-    chosen = (torch.rand(len(x)) < probability).nonzero().squeeze(1)
-    if len(chosen) == len(x):
-        return change(x)
-    if len(chosen) == 0:
+    rows, total = rows_of_all(len(x))
+    everywhere = torch.rand(total) < probability
+    own = everywhere[rows].nonzero().squeeze(1)
+    if not everywhere.any():
         return x
-    chosen = chosen.to(x.device)
-    return x.index_copy(0, chosen, change(x[chosen]))
+    # What `change` draws is drawn for the chosen ones of all processes.
+    places = (everywhere.cumsum(0) - 1)[rows[own]].tolist()
+    with drawing_for(None if total == len(x) else Share(tuple(places or [0]), int(everywhere.sum()))):
+        if len(own) == 0:
+            change(x[:1])  # for its draws alone: other processes make them too
+            return x
+        if len(own) == len(x):
+            return change(x)
+        chosen = own.to(x.device)
+        return x.index_copy(0, chosen, change(x[chosen]))
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class ColourJitter:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the jittered pictures."""
-        chosen = torch.rand(len(x)) < self.p
+        chosen = draw_each(len(x), torch.rand) < self.p
         factors = [self._factor(chosen, bound) for bound in (self.brightness, self.contrast, self.saturation)]
         turn = uniform(len(x), -self.hue, self.hue) * chosen
         return adjust(x, factors[0], factors[1], factors[2], turn)
@@ -130,12 +140,13 @@ class GaussianBlur:
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Return `x` (b, k, h, w) blurred by a Gaussian of `sigma` (b,) pixels, cut at 3 sigma, edges repeated.
 
-    One grouped convolution per axis: each plane of the batch is a channel with a kernel of its own.
+    One grouped convolution per axis: each plane of the batch is a channel with a kernel of its own, zero beyond its own
+    reach, so that what is blurred beside a picture makes no difference to it.
     """
     num, channels, height, width = x.shape
     radius = math.ceil(3 * float(sigma.max()))
     offset = torch.arange(-radius, radius + 1)
-    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2) * (offset.abs() <= (3 * sigma).ceil()[:, None])
     kernel = (kernel / kernel.sum(1, keepdim=True)).to(x.device).repeat_interleave(channels, 0)[:, None]
     planes = x.reshape(1, num * channels, height, width)
     padded = F.pad(planes, (radius, radius, radius, radius), mode="replicate")
@@ -156,4 +167,5 @@ class GaussianNoise:
 
     def _add(self, x: Tensor) -> Tensor:
         sigma = uniform(len(x), 0.0, self.sigma).to(x.device)[:, None, None, None]
-        return torch.addcmul(x, torch.randn_like(x), sigma).clamp_(0, 1)
+        noise = draw_each(len(x), lambda n: torch.randn(n, *x.shape[1:], device=x.device))
+        return torch.addcmul(x, noise, sigma).clamp_(0, 1)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewmask.draws import draw_each
 from fewmask.types import UserError
 
 NUM_ATTEMPTS = 10
 
 
 def uniform(num: int, low: float, high: float) -> Tensor:
-    """Return `num` float32 draws from [low, high), on the host."""
-    return torch.empty(num).uniform_(low, high)
+    """Return a float32 draw from [low, high) for each of `num` images, on the host."""
+    return draw_each(num, lambda n: torch.empty(n).uniform_(low, high))
 
 
 def check_range(name: str, bounds: tuple[float, float]) -> None:
@@ -47,13 +48,14 @@ def random_boxes(num: int, scale: tuple[float, float], ratio: tuple[float, float
     The law of torchvision's RandomResizedCrop on a square image: uniform area, log-uniform ratio, ten attempts, then
     the whole image. Sides and positions are fractions, not rounded to pixels (our choice).
     """
-    area = torch.empty(num, NUM_ATTEMPTS).uniform_(*scale)
-    aspect = torch.empty(num, NUM_ATTEMPTS).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp_()
+    area = draw_each(num, lambda n: torch.empty(n, NUM_ATTEMPTS).uniform_(*scale))
+    slant = (math.log(ratio[0]), math.log(ratio[1]))
+    aspect = draw_each(num, lambda n: torch.empty(n, NUM_ATTEMPTS).uniform_(*slant)).exp_()
     sides = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()])
     fits = (sides <= 1).all(0)
     first = fits.int().argmax(1)
     side = torch.where(fits.any(1), sides[:, torch.arange(num), first], 1.0)
-    start = torch.rand(2, num) * (1 - side)
+    start = draw_each(num, lambda n: torch.rand(2, n).T).T * (1 - side)
     return torch.stack([start[0], start[0] + side[0], start[1], start[1] + side[1]], 1)
 
 
@@ -66,7 +68,7 @@ def flip_boxes(boxes: Tensor, horizontal: Tensor, vertical: Tensor) -> Tensor:
 
 def random_flips(num: int, flip: bool, vertical: bool) -> tuple[Tensor, Tensor]:
     """Return whether to mirror left-right and top-bottom, two bool (num,): each with probability 1/2 where allowed."""
-    return (torch.rand(num) < 0.5) & flip, (torch.rand(num) < 0.5) & vertical
+    return (draw_each(num, torch.rand) < 0.5) & flip, (draw_each(num, torch.rand) < 0.5) & vertical
 
 
 def interval_weights(start: Tensor, end: Tensor, num_in: int, num_out: int) -> Tensor:

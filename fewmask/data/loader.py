@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fewmask.data.cache import CachedDataset
-from fewmask.types import Batch, UserError
+from fewmask.types import Batch, Share, UserError
 
 
 class Loader:
@@ -59,9 +59,10 @@ class Loader:
         """
         if self.batch_size % world:
             raise UserError(f"The batch size {self.batch_size} is not a multiple of the {world} processes: change one.")
-        share = self.batch_size // world
-        start = step * self.batch_size + rank * share
-        rows = self.indices[self._positions(start, start + share)]
+        num = self.batch_size // world
+        start = step * self.batch_size + rank * num
+        rows = self.indices[self._positions(start, start + num)]
+        share = Share(tuple(range(rank * num, (rank + 1) * num)), self.batch_size) if world > 1 else None
         image = torch.from_numpy(_gather(self.dataset.images, rows)).permute(0, 3, 1, 2)
         mask = None if self._masks is None else torch.from_numpy(_gather(self._masks, rows))[:, None]
         label = torch.from_numpy(self.dataset.labels[rows])
@@ -71,7 +72,7 @@ class Loader:
             mask = torch.cat([torch.zeros_like(predicted) if mask is None else mask, predicted], dim=1)
         names = [self.dataset.names[row] for row in rows]
         features = [torch.from_numpy(_gather(array, rows)) for array in self._features]
-        return Batch(image=image, names=names, mask=mask, label=label, extra=extra, features=features)
+        return Batch(image, names, mask, label, extra, features, share=share)
 
     def _positions(self, start: int, stop: int) -> np.ndarray:
         """Return what stands at positions [start, stop) of the permutations laid end to end."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fewmask.data.loader import Loader
-from fewmask.types import Batch
+from fewmask.types import Batch, Share
 
 
 class MixedLoader:
@@ -35,7 +35,15 @@ class MixedLoader:
             label = torch.cat([known.label, unknown.label])
         has_mask = torch.arange(len(image)) < len(known.names)
         features = [torch.cat(pair) for pair in zip(known.features, unknown.features, strict=True)]
-        return Batch(image, known.names + unknown.names, mask, label, {"has_mask": has_mask}, features)
+        share = joined(known.share, unknown.share)
+        return Batch(image, known.names + unknown.names, mask, label, {"has_mask": has_mask}, features, share=share)
+
+
+def joined(first: Share | None, second: Share | None) -> Share | None:
+    """Return the share of a batch that is one batch after another, as one process has them."""
+    if first is None or second is None:
+        return None
+    return Share(first.places + tuple(first.total + place for place in second.places), first.total + second.total)
 
 
 class PairedLoader:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fewmask.distill.align import map_size
 from fewmask.distill.distiller import check_share
+from fewmask.draws import draw_each
 from fewmask.types import UserError
 
 RegionName = Literal["boundary", "whole", "inside", "outside", "none"]
@@ -73,7 +74,8 @@ def random_mask(region: Tensor, share: float | Tensor) -> Tensor:
 
     `region` is (b, 1, h, w), `share` a number or (b, 1, 1, 1). Drawn from torch's global generator.
     """
-    return (torch.rand(region.shape, device=region.device) < share) & region.bool()
+    chance = draw_each(len(region), lambda n: torch.rand(n, *region.shape[1:], device=region.device))
+    return (chance < share) & region.bool()
 
 
 def boundary_band(mask: Tensor, radius: int) -> Tensor:

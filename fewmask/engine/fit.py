@@ -15,16 +15,16 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from fewmask.config import RunSection, StageSection
+from fewmask.draws import drawing_for
 from fewmask.engine.checkpoint import restore_newest, save_checkpoint, write_tensors
 from fewmask.engine.optim import build_optimiser, learning_rate, set_schedule
 from fewmask.engine.run import is_main, leave_group_at_exit, seed_step
 from fewmask.engine.stage import Progress, Stage
+from fewmask.models.norms import synchronise_norms
 from fewmask.objective import Objective
 from fewmask.types import Batch, Interrupted, UserError
 
@@ -116,18 +116,6 @@ def _multiplies_bf16() -> bool:
     return any(ask() for name in questions if (ask := getattr(torch.cpu, name, None)))
 
 
-def synchronise_norms(model: nn.Module) -> None:
-    """Make every batch normalisation use the statistics of all processes, in place; CUDA only, as torch has it.
-
-    Values and names of the state are kept. On other devices the statistics stay those of each process.
-    """
-    for parent in list(model.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, _BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
-                # Not torch's own: it would drop the activation that timm keeps inside its norms, without a word.
-                setattr(parent, name, convert_sync_batchnorm(norm))
-
-
 class Fit:
     """The state of one training; `fit` is the way in."""
 
@@ -139,8 +127,8 @@ class Fit:
         self.views = objective.views()
         # Convolutions run faster with the channels last, on CPUs and GPUs alike; elsewhere it changes nothing.
         objective.to(memory_format=torch.channels_last)
-        if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cuda":
-            synchronise_norms(objective)
+        if self.accelerator.num_processes > 1:
+            synchronise_norms(objective, self.accelerator.device)
         optimiser = build_optimiser(objective, settings)
         compiled = torch.compile(objective) if run.compile else objective
         self.model, self.optimiser = self.accelerator.prepare(compiled, optimiser)
@@ -181,12 +169,13 @@ class Fit:
         began = time.perf_counter()
         batch = self.loader.batch(self.state.step, rank, world)
         waiting = time.perf_counter() - began
-        seed_step(self.stage.run.seed, self.state.step, rank)
-        with torch.no_grad():
+        # Several processes draw as one does for the whole batch, and each takes what its own images get.
+        seed_step(self.stage.run.seed, self.state.step, 0 if batch.share else rank)
+        with torch.no_grad(), drawing_for(batch.share):
             batch = self.views(batch.to(self.accelerator.device))
             batch.image = batch.image.contiguous(memory_format=torch.channels_last)
         set_schedule(self.raw_optimiser, progress, self.settings)
-        with self.accelerator.autocast(), _one_image_is_told(self.stage.name):
+        with self.accelerator.autocast(), drawing_for(batch.share), _one_image_is_told(self.stage.name):
             terms = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)
         self.accelerator.backward(terms["loss"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fewmask.auxiliary import AUXILIARY, AuxiliaryTask
 from fewmask.data.augment import Augment
+from fewmask.draws import drawing_for
 from fewmask.finetune.gradient_surgery import surgery_loss
 from fewmask.finetune.segment import Segment
 from fewmask.models import Encoder
@@ -118,8 +119,11 @@ class Joint(Objective):
             if not self.tasks:
                 return seen
             parts = split_evenly(batch.other, len(self.tasks))
-            shares = [task.see(part) for (_, task), part in zip(self.named_tasks(), parts, strict=True)]
-            return replace(seen, other=chain(shares))
+            shown = []
+            for (_, task), part in zip(self.named_tasks(), parts, strict=True):
+                with drawing_for(part.share):
+                    shown.append(task.see(part))
+            return replace(seen, other=chain(shown))
 
         return see
 
@@ -195,7 +199,8 @@ def take_rows(batch: Batch, rows: slice) -> Batch:
     """Return some rows of a batch."""
     mask, label = (None if values is None else values[rows] for values in (batch.mask, batch.label))
     extra = {name: values[rows] for name, values in batch.extra.items()}
-    return Batch(batch.image[rows], batch.names[rows], mask, label, extra)
+    share = batch.share and batch.share._replace(places=batch.share.places[rows])
+    return Batch(batch.image[rows], batch.names[rows], mask, label, extra, share=share)
 
 
 def chain(batches: Sequence[Batch]) -> Batch | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fewmask.draws import draw_each
 from fewmask.types import Batch, UserError, Views
 
 ConversionName = Literal["gin", "randconv"]
@@ -49,7 +50,7 @@ class ExteriorConversion:
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return the mixed pictures (b, 3, h, w) of float pictures, in their dtype."""
-        alpha = torch.rand(len(image)).to(image)[:, None, None, None]
+        alpha = draw_each(len(image), torch.rand).to(image)[:, None, None, None]
         return torch.lerp(image, self.convert(image), alpha)
 
     def convert(self, image: Tensor) -> Tensor:
@@ -76,15 +77,15 @@ def draw_layer(
     `scaled` divides the weights by sqrt(num_in k^2) and leaves the shift out (RandConv); otherwise both are N(0, 1).
     """
     largest = max(kernels)
-    side = torch.tensor(kernels)[torch.randint(len(kernels), (num_images,))]
+    side = torch.tensor(kernels)[draw_each(num_images, lambda n: torch.randint(len(kernels), (n,)))]
     offset = (torch.arange(largest) - largest // 2).abs()
     reach = torch.maximum(offset[:, None], offset[None, :])
     used = reach <= (side // 2)[:, None, None, None, None]
-    weight = torch.randn(num_images, num_out, num_in, largest, largest) * used
+    weight = draw_each(num_images, lambda n: torch.randn(n, num_out, num_in, largest, largest)) * used
     if scaled:
         weight = weight / (num_in * side.float() ** 2).sqrt()[:, None, None, None, None]
         return RandomLayer(weight, torch.zeros(num_images, num_out))
-    return RandomLayer(weight, torch.randn(num_images, num_out))
+    return RandomLayer(weight, draw_each(num_images, lambda n: torch.randn(n, num_out)))
 
 
 def apply_layer(x: Tensor, layer: RandomLayer) -> Tensor:

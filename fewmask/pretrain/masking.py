@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from fewmask.draws import draw_each
 from fewmask.types import Batch, UserError
 
 
@@ -40,7 +41,9 @@ class RandomMask(Masking):
     def __call__(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
         """Return a boolean mask (b, num_patches), true where hidden."""
         device = batch.image.device if generator is None else generator.device
-        noise = torch.rand(len(batch.image), self.num_patches, device=device, generator=generator)
+        noise = draw_each(
+            len(batch.image), lambda n: torch.rand(n, self.num_patches, device=device, generator=generator)
+        )
         order = noise.argsort(dim=1)[:, : self.num_masked].to(batch.image.device)
         mask = torch.zeros(noise.shape, dtype=torch.bool, device=batch.image.device)
         return mask.scatter_(1, order, True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewmask.data.superpixels import Slic
+from fewmask.draws import draw_each
 from fewmask.pretrain.masking import Masking, RandomMask
 from fewmask.types import Batch, UserError
 
@@ -105,7 +106,8 @@ def share_out(total: Tensor, size: Tensor) -> Tensor:
 def draw(label: Tensor, quota: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Return a boolean mask (b, n) with `quota` (b, k) patches of each label, each choice within it equally likely."""
     device = label.device if generator is None else generator.device
-    chance = torch.rand(label.shape, device=device, generator=generator).to(label.device)
+    chance = draw_each(len(label), lambda n: torch.rand(n, label.shape[1], device=device, generator=generator))
+    chance = chance.to(label.device)
     # First in random order, then stably by label: the patches of a label lie side by side, still in random order.
     shuffled = chance.argsort(dim=1)
     order = shuffled.gather(1, label.gather(1, shuffled).argsort(dim=1, stable=True))

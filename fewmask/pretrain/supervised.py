@@ -11,6 +11,7 @@ from fewmask.data.colour import Chain, ColourJitter, RandomGrayscale
 from fewmask.data.preprocess import denormalise
 from fewmask.models import Encoder
 from fewmask.objective import Objective
+from fewmask.pretrain.collapse import mean_over_processes
 from fewmask.pretrain.self_distillation import global_dim, global_tokens
 from fewmask.types import Batch, UserError, Views
 
@@ -56,17 +57,19 @@ class Supervised(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and "accuracy", the share of labelled images classified rightly."""
         label = batch.label
+        # By all labels and not by its own: so the gradients of several processes add up to those of one.
+        num = torch.zeros(()) if label is None else mean_over_processes((label != UNKNOWN).sum().float())
         # Asked on the host alone, as a GPU would be waited for: there such a loss is NaN, and the loop stops at that.
-        if label is None or (label.device.type == "cpu" and not (label != UNKNOWN).any()):
+        if label is None or (num.device.type == "cpu" and not num):
             raise UserError(
                 "The method 'supervised' got a batch in which no image has a class label: fill the column 'label' of "
                 "the manifest, or choose a method that needs no labels."
             )
         logits = self.head(global_tokens(self.encoder, batch.image)[:, 0]).float()
-        known = label != UNKNOWN
-        loss = F.cross_entropy(logits, label, ignore_index=UNKNOWN, label_smoothing=self.label_smoothing)
-        right = (logits.argmax(1) == label) & known
-        return {"loss": loss, "accuracy": right.sum() / known.sum()}
+        smoothing = self.label_smoothing
+        total = F.cross_entropy(logits, label, ignore_index=UNKNOWN, label_smoothing=smoothing, reduction="sum")
+        right = ((logits.argmax(1) == label) & (label != UNKNOWN)).sum().float()
+        return {"loss": total / num, "accuracy": mean_over_processes(right) / num}
 
     def product(self) -> Encoder:
         """Return the encoder; the linear layer is thrown away."""

@@ -14,9 +14,8 @@ import torch
 from fewmask.config import RunSection
 from fewmask.engine import fit
 from fewmask.engine.checkpoint import checkpoints
-from fewmask.engine.fit import accelerator_for, resolve_precision, synchronise_norms
+from fewmask.engine.fit import accelerator_for, resolve_precision
 from fewmask.engine.stage import CLOCKS
-from fewmask.models import build_encoder
 from fewmask.types import Interrupted, UserError
 from tests.engine.tiny import BATCH, TinyObjective, TinyStream, train
 
@@ -332,17 +331,3 @@ def test_damaged_best_weights_are_chosen_anew(tmp_path):
     product, facts, _ = train(tmp_path, validate=validate)
     assert facts["best_step"] > 6
     assert validate(product)["score"] == pytest.approx(facts["best_score"])
-
-
-def test_norms_are_synchronised_with_their_values_names_and_fused_activations():
-    torch.manual_seed(0)
-    encoder = build_encoder("efficientnet_lite0", size=32)
-    model = torch.nn.ModuleDict({"one": encoder, "again": torch.nn.ModuleList([encoder])}).eval()
-    plain = sum(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    image = torch.randn(2, 3, 32, 32)
-    before, expected = state(model), [f.detach() for f in encoder(image)]
-    synchronise_norms(model)
-    synchronised = sum(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
-    assert plain == synchronised > 20
-    assert_equal(before, state(model))
-    assert all(map(torch.equal, expected, encoder(image)))

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import multiprocessing
 
 from fewmask.engine.checkpoint import checkpoints, load_checkpoint
 from fewmask.types import Interrupted
-from tests.engine.processes import METHODS, NUM_STEPS, Pictures, objective_of, train, work
+from tests.engine.processes import CNNS, METHODS, NUM_STEPS, Pictures, objective_of, train, work
 
-JOBS = [*(f"{name}-sgd" for name in METHODS), "g2ll-adamw"]
+JOBS = [*(f"{name}-sgd" for name in METHODS), *(f"{name}_cnn-slow_sgd" for name in CNNS), "g2ll-adamw"]
 # Shares of the greatest change of a tensor during the training, beside a few roundings of its greatest value. What is
 # left is the order in which floats are added (measured: 1e-4 with SGD, 5e-3 with AdamW, which divides a gradient by its
-# own size and so blows that up where a gradient is next to nothing). Covered are gradients, their clipping, the
-# teacher, the centre and the counters of the guard, in float32.
-TOLERANCE = {"sgd": 1e-3, "adamw": 2e-2}
+# own size and so blows that up where a gradient is next to nothing; 1.3e-2 for figure's decoder, whose gradients move as
+# much in one process when the memory is laid out otherwise). Covered are views, masks, gradients, their clipping,
+# norms, the teacher, the centre and the counters of the guard, in float32.
+TOLERANCE = {"sgd": 1e-3, "slow_sgd": 1e-3, "adamw": 2e-2, "figure-sgd": 3e-2}
 ROUNDING = 5e-7
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator():
-    """Accelerate keeps the precision of the first training of a process; these ask for float32, others for auto."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+FIXED = r"\.pos|guard|input_affine|gate$"
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +32,7 @@ def two(tmp_path_factory) -> Path:
     """The folder in which two processes have done all jobs."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(Interrupted):
-        train(folder / "grown", objective_of("g2ll", shared=False), Pictures(stop=3), epochs=3)
-    AcceleratorState._reset_state(reset_partial_state=True)
+        train(folder / "grown", objective_of("g2ll"), Pictures(stop=3), epochs=3)
     multiprocessing.spawn(work, (folder, JOBS), nprocs=2)
     return folder
 
@@ -60,7 +53,8 @@ def test_two_processes_learn_what_one_does(two, job, tmp_path):
     for key, value in objective.state_dict().items():
         change, size = float((value - before[key]).abs().max()), float(value.abs().max())
         error = float((shared["state"][key] - value).abs().max())
-        assert error <= TOLERANCE[optimiser] * change + ROUNDING * size, f"{key} is {error} off, and moved {change}"
+        allowed = TOLERANCE.get(job, TOLERANCE[optimiser]) * change + ROUNDING * max(size, 1)
+        assert error <= allowed, f"{key} is {error} off, and moved {change}"
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -74,9 +68,7 @@ def test_all_that_is_learnt_or_averaged_moved(two):
     for job in JOBS:
         before, after = objective_of(job.partition("-")[0]).state_dict(), load(two / f"{job}.0.pt")["state"]
         still = {key for key in before if torch.equal(before[key], after[key])}
-        fixed = {
-            key for key in still if ".pos" in key or "guard" in key or "input_affine" in key or key.endswith("gate")
-        }
+        fixed = {key for key in still if re.search(FIXED, key) or ("_cnn" in job and key.endswith("bn1.weight"))}
         assert still == fixed, still - fixed
 
 
@@ -110,7 +102,7 @@ def test_one_process_goes_on_with_what_two_have_left(two, tmp_path):
                 self.found = {key: value.clone() for key, value in objective.state_dict().items()}
             return super().batch(step, rank, world)
 
-    objective, stream = objective_of("g2ll", shared=False), Look()
+    objective, stream = objective_of("g2ll"), Look()
     folder = shutil.copytree(two / "stopped", tmp_path / "stopped")
     facts = train(folder, objective, stream, epochs=3)
     assert [key for key in state if not torch.equal(state[key], stream.found[key])] == []

@@ -92,7 +92,7 @@ def test_a_training_of_few_steps_is_stopped_too(collapses_at, stops_at, tmp_path
 
 @pytest.mark.parametrize("method", ["dino", "g2ll", "tedmae"])
 def test_every_method_with_a_teacher_is_stopped_by_its_guard(method, tmp_path):
-    objective = objective_of(method, shared=False, collapse_patience=5)
+    objective = objective_of(method, collapse_patience=5)
     embedding = objective.product().body.patch_embed
     with torch.no_grad():
         for parameter in embedding.parameters():

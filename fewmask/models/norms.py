@@ -1,0 +1,91 @@
+"""Batch normalisation over the images of all processes, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def synchronise_norms(model: nn.Module, device: torch.device) -> None:
+    """Make every batch normalisation use the statistics of all processes, in place.
+
+    Values and names of the state are kept. On CUDA it becomes torch's own synchronised one, elsewhere, where torch has
+    none, a `HostNorm`.
+    """
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm):
+                continue
+            if device.type == "cuda":
+                # timm's conversion: torch's would drop the activation that timm keeps inside its norms, without a word.
+                setattr(parent, name, convert_sync_batchnorm(norm))
+            else:
+                norm.__class__ = HostNorm  # the same module with another way to normalise
+
+
+class HostNorm(_BatchNorm):
+    """Batch normalisation over the equal shares of several processes, for those that talk by gloo; never built anew.
+
+    In eval mode it is plain batch normalisation. What timm keeps inside a norm, such as its activation, comes after it.
+    Not a `SyncBatchNorm`: DDP refuses these on a CPU.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` (b, k, ...), normalised per channel by the mean and the variance over all processes' images."""
+        if self.training:
+            x = self.normalise(x)
+        else:
+            x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        for inside in (getattr(self, "drop", None), getattr(self, "act", None)):
+            x = x if inside is None else inside(x)
+        return x
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return `x` normalised by this step's statistics, which the running ones take in."""
+        axes, shape = [axis for axis in range(x.ndim) if axis != 1], [1, -1, *[1] * (x.ndim - 2)]
+        mean = mean_of_all(x.float().mean(axes))
+        centred = x.float() - mean.view(shape)
+        variance = mean_of_all(centred.square().mean(axes))
+        self.remember(mean, variance, x.numel() // x.shape[1] * distributed.get_world_size())
+        scale = (variance + self.eps).rsqrt()
+        if self.affine:
+            return torch.addcmul(self.bias.view(shape), centred, (scale * self.weight).view(shape)).to(x.dtype)
+        return (centred * scale.view(shape)).to(x.dtype)
+
+    @torch.no_grad()
+    def remember(self, mean: Tensor, variance: Tensor, num: int) -> None:
+        """Take the mean and variance (k,) of `num` values a channel into the running ones, if these are kept."""
+        if not self.track_running_stats or self.num_batches_tracked is None:
+            return
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked += 1
+        weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(variance * (num / max(num - 1, 1)), weight)
+
+
+def mean_of_all(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes; its gradient goes back to each."""
+    return SumOfAll.apply(value) / distributed.get_world_size()
+
+
+class SumOfAll(torch.autograd.Function):
+    """The sum of a tensor over all processes, whose gradient is the sum of theirs (torch's own is on its way out)."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        """Return the sum."""
+        total = value.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Return the sum of all processes' gradients."""
+        return SumOfAll.forward(ctx, gradients[0])
