@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -89,10 +90,22 @@ def accelerator_for(settings: RunSection) -> Accelerator:
     precision = resolve_precision(settings)
     if precision == "fp16" and (settings.device == "cpu" or not torch.cuda.is_available()):
         raise UserError("run.precision=fp16 needs a CUDA device; use bf16, fp32 or auto.")
-    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="no" if precision == "fp32" else precision)
+    # Told of a CPU, or processes on one would not find each other.
+    accelerator = Accelerator(cpu=on_cpu(settings), mixed_precision="no" if precision == "fp32" else precision)
     if accelerator.num_processes > 1:
         leave_group_at_exit()
+    elif (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"{started} processes were started, and they cannot share a training on {accelerator.device}: "
+            "use run.device=cpu, or one process."
+        )
     return accelerator
+
+
+def on_cpu(settings: RunSection) -> bool:
+    """Return whether a run trains on the CPU, asked to or for want of anything faster."""
+    faster = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return settings.device == "cpu" or (settings.device == "auto" and not faster)
 
 
 def resolve_precision(settings: RunSection) -> str:
@@ -106,8 +119,7 @@ def resolve_precision(settings: RunSection) -> str:
     if settings.device != "cpu" and torch.cuda.is_available():
         # Asked without this, torch says yes of a T4 too, which emulates bf16 and is fast in fp16.
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    on_cpu = settings.device == "cpu" or not torch.backends.mps.is_available()
-    return "bf16" if on_cpu and _multiplies_bf16() else "fp32"
+    return "bf16" if on_cpu(settings) and _multiplies_bf16() else "fp32"
 
 
 def _multiplies_bf16() -> bool:
@@ -186,6 +198,13 @@ class Fit:
         self.objective.after_step(progress)
         self.recent.append((self.state.step, terms["loss"].detach(), batch.names))
         return terms, waiting
+
+    def of_all(self, figures: dict[str, float]) -> dict[str, float]:
+        """Return the means of figures over all processes: what is logged is of whole batches."""
+        if self.accelerator.num_processes == 1:
+            return figures
+        own = torch.tensor(list(figures.values()), device=self.accelerator.device)
+        return dict(zip(figures, self.accelerator.reduce(own, "mean").tolist(), strict=True))
 
     def check_finite(self, everything: bool = False) -> None:
         """Stop when a loss was not finite.
@@ -349,7 +368,7 @@ def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
         epoch_ends = state.step % steps == 0 or state.progress >= 1.0
         figures: dict[str, float] = {}
         if epoch_ends:
-            figures = epoch_meter.read()
+            figures = loop.of_all(epoch_meter.read())
             if validate is not None:
                 figures |= loop.validate(validate, state.progress)
                 last_score = f", validation {figures['score']:.4f} (best {state.best_score:.4f})"
@@ -359,7 +378,7 @@ def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
             epoch_meter = Meter()
             stage.log("epoch", epoch=math.ceil(state.step / steps), step=state.step, seconds=stage.elapsed, **figures)
         if state.step % LOG_EVERY == 0 or epoch_ends:
-            read = meter.read()
+            read = loop.of_all(meter.read())
             lr = learning_rate(progress, loop.settings)
             stage.log("step", step=state.step, epoch=state.step / steps, progress=state.progress, lr=lr, **read)
             text = f"epoch {state.step / steps:.1f}, loss {read['loss']:.4f}{last_score}"

@@ -198,14 +198,27 @@ def test_sigterm_exits_130_and_resumes(drawn, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_do_the_whole_chain(drawn, tmp_path):
+def test_two_processes_do_the_whole_chain_as_one(drawn, tmp_path):
+    """Told of no device, as a user starts them: they find each other, and log and learn what one does."""
+    settings = [*TINY, "run.device=auto", "run.precision=fp32"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = start([*launcher, "-m", "fewmask", "run", str(drawn), *TINY], tmp_path / "run", tmp_path / "cache")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    facts = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())
-    assert facts["num_processes"] == 2
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]["num_cases"] > 0
+    for name, words in {"one": [], "two": launcher}.items():
+        process = start([*words, "-m", "fewmask", "run", str(drawn), *settings], tmp_path / name, tmp_path / "cache")
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    for stage in ("pretrain", "finetune"):
+        logs, facts = [], []
+        for name in ("one", "two"):
+            folder = tmp_path / name / stage
+            facts.append(json.loads((folder / "stage.json").read_text())["num_processes"])
+            lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+            logs.append([line["loss"] for line in lines if line["kind"] == "step"])
+        assert facts == [1, 2]
+        assert logs[1] == pytest.approx(logs[0], rel=1e-3)
+    scores = [
+        json.loads((tmp_path / name / "metrics.json").read_text())["test"]["num_cases"] for name in ("one", "two")
+    ]
+    assert scores[0] == scores[1] > 0
 
 
 def test_mended_data_and_mended_settings_go_on_in_the_same_folder(data, tmp_path, fewmask):

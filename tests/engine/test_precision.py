@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fewmask.config import RunSection
-from fewmask.engine.fit import resolve_precision
+from fewmask.engine import fit
+from fewmask.engine.fit import accelerator_for, resolve_precision
+from fewmask.types import UserError
 
 QUESTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 
@@ -26,3 +30,11 @@ def test_bf16_where_the_processor_multiplies_it(
             monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
     assert resolve_precision(RunSection(device="cpu")) == expected
     assert resolve_precision(RunSection(device="cpu", precision="fp32")) == "fp32"
+
+
+def test_processes_that_cannot_share_a_training_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would train alone, in one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(fit, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device="mps"))
+    with pytest.raises(UserError, match="2 processes were started, and they cannot share a training on mps"):
+        accelerator_for(RunSection())

@@ -19,8 +19,8 @@ from tests.engine.processes import CNNS, METHODS, NUM_STEPS, Pictures, objective
 JOBS = [*(f"{name}-sgd" for name in METHODS), *(f"{name}_cnn-slow_sgd" for name in CNNS), "g2ll-adamw"]
 # Shares of the greatest change of a tensor during the training, beside a few roundings of its greatest value. What is
 # left is the order in which floats are added (measured: 1e-4 with SGD, 5e-3 with AdamW, which divides a gradient by its
-# own size and so blows that up where a gradient is next to nothing; 1.3e-2 for figure's decoder, whose gradients move as
-# much in one process when the memory is laid out otherwise). Covered are views, masks, gradients, their clipping,
+# own size and so blows that up where a gradient is next to nothing; 1.3e-2 for figure's decoder, whose gradients move
+# as much in one process when the memory is laid out otherwise). Covered are views, masks, gradients, their clipping,
 # norms, the teacher, the centre and the counters of the guard, in float32.
 TOLERANCE = {"sgd": 1e-3, "slow_sgd": 1e-3, "adamw": 2e-2, "figure-sgd": 3e-2}
 ROUNDING = 5e-7
