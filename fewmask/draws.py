@@ -27,7 +27,8 @@ def drawing_for(share: Share | None) -> Iterator[None]:
 def rows_of_all(num: int) -> tuple[Tensor, int]:
     """Return which rows int64 (num,) of draws for the whole batch are those of this process, and how many that has.
 
-    `num` is a multiple of the images that the process holds: several views of each lie one after another. Ours.
+    `num` is a multiple of the images that the process holds: all images' first views, then all their second ones.
+    Raises ValueError where it is not. Our choice.
     """
     share = _SHARE.get()
     if share is None:
@@ -43,7 +44,8 @@ def draw_each(num: int, draw: Callable[[int], Tensor]) -> Tensor:
     """Return a draw for each of `num` images (see `rows_of_all`): their rows of `draw(n)` (n, ...) for all n of them.
 
     Every process draws for all, from generators in the same state, and takes its own: so these stay in step, and what
-    an image draws is the same on any number of processes. Meant for the few numbers that describe a change.
+    an image draws is the same on any number of processes. Meant for the few numbers that describe a change: of noise
+    for whole pictures, each process draws that of all.
     """
     rows, total = rows_of_all(num)
     drawn = draw(total)

@@ -38,7 +38,10 @@ class Objective(nn.Module, ABC):
         """Return what is kept: an encoder or a segmenter."""
 
     def views(self) -> Views:
-        """Return the augmentation from a raw batch to a normalised one; it draws from torch's global generator."""
+        """Return the augmentation from a raw batch to a normalised one.
+
+        What it draws, and `forward`, comes from torch's global generator by `draws.draw_each`, for each image.
+        """
         return identity
 
     def maps(self) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers.drop import DropPath
 from torch import Tensor
 
 from fewmask.auxiliary import AUXILIARY
@@ -18,6 +19,7 @@ from fewmask.distill.bands import random_mask
 from fewmask.draws import draw_each, drawing_for
 from fewmask.finetune.joint import Joint, take_rows
 from fewmask.models import build_encoder, build_segmenter
+from fewmask.models.drop_path import SharedDropPath
 from fewmask.pretrain.crops import SSL_COLOUR, CropViews, MultiCropViews
 from fewmask.pretrain.exterior_conversion import ConvertedViews, ExteriorConversion
 from fewmask.pretrain.figure import FigureRule, FigureViews
@@ -97,6 +99,24 @@ def test_masks_of_both_views_of_a_part_are_those_of_the_whole(kind, world):
     assert torch.equal(whole["first"], joined["first"])
     assert torch.equal(whole["second"], joined["second"])
     assert not torch.equal(whole["first"], whole["second"])
+
+
+def test_dropped_paths_of_a_part_are_those_of_the_whole_and_timms_in_one_process():
+    """Of both views, and enlarged so that the mean stays."""
+
+    def draw(batch: Batch) -> dict[str, Tensor]:
+        one = torch.ones(2 * len(batch.image), 3, 4)
+        seen = [part for layer in (SharedDropPath(0.4), SharedDropPath(0.4, False)) for part in layer(one).chunk(2)]
+        return {str(i): part for i, part in enumerate(seen)}
+
+    whole, joined = in_parts(draw, 3)
+    assert all(torch.equal(joined[key], value) for key, value in whole.items())
+    torch.manual_seed(7)
+    assert torch.equal(DropPath(0.4)(torch.ones(2 * NUM, 3, 4)), torch.cat([whole["0"], whole["1"]]))
+    for name in ("vit_tiny_patch16", "resnet18"):
+        kinds = [type(module) for module in build_encoder(name, size=SIZE, drop_path=0.2).modules()]
+        assert SharedDropPath in kinds
+        assert DropPath not in kinds
 
 
 def test_dropped_positions_of_a_part_are_those_of_the_whole():

@@ -96,16 +96,15 @@ def accelerator_for(settings: RunSection) -> Accelerator:
         leave_group_at_exit()
     elif (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(
-            f"{started} processes were started, and they cannot share a training on {accelerator.device}: "
-            "use run.device=cpu, or one process."
+            f"WORLD_SIZE says that {started} processes train together, and this one found no other on "
+            f"{accelerator.device}: start them with torchrun (on CPUs with run.device=cpu), or unset WORLD_SIZE."
         )
     return accelerator
 
 
 def on_cpu(settings: RunSection) -> bool:
     """Return whether a run trains on the CPU, asked to or for want of anything faster."""
-    faster = torch.cuda.is_available() or torch.backends.mps.is_available()
-    return settings.device == "cpu" or (settings.device == "auto" and not faster)
+    return settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
 
 
 def resolve_precision(settings: RunSection) -> str:
@@ -180,14 +179,14 @@ class Fit:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         began = time.perf_counter()
         batch = self.loader.batch(self.state.step, rank, world)
-        waiting = time.perf_counter() - began
+        waiting, share = time.perf_counter() - began, batch.share
         # Several processes draw as one does for the whole batch, and each takes what its own images get.
-        seed_step(self.stage.run.seed, self.state.step, 0 if batch.share else rank)
-        with torch.no_grad(), drawing_for(batch.share):
+        seed_step(self.stage.run.seed, self.state.step, 0 if share else rank)
+        with torch.no_grad(), drawing_for(share):
             batch = self.views(batch.to(self.accelerator.device))
             batch.image = batch.image.contiguous(memory_format=torch.channels_last)
         set_schedule(self.raw_optimiser, progress, self.settings)
-        with self.accelerator.autocast(), drawing_for(batch.share), _one_image_is_told(self.stage.name):
+        with self.accelerator.autocast(), drawing_for(share), _one_image_is_told(self.stage.name):
             terms = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)
         self.accelerator.backward(terms["loss"])
@@ -407,5 +406,5 @@ def _one_image_is_told(stage: str) -> Iterator[None]:
             raise
         raise UserError(
             "A batch of one image leaves batch normalisation a single value where the network is coarsest: raise "
-            f"{stage}.batch_size to at least 2 for each process, or model.size."
+            f"{stage}.batch_size to at least 2, or model.size."
         ) from None

@@ -45,7 +45,7 @@ def seed_step(seed: int, step: int, stream: int = 0) -> None:
 
     Our choice: since step `n` draws the same numbers whether or not the process lived through the steps before it, a
     checkpoint's random state is two integers, resume is exact, and a data order can be looked up instead of replayed.
-    `stream` keeps processes (and uses within a step) apart.
+    `stream` keeps uses within a step apart, and processes that do not say which share of a batch is theirs.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=8).digest()
     value = int.from_bytes(digest, "little") >> 1

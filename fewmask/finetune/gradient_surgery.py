@@ -17,7 +17,8 @@ def surgery_loss(losses: Sequence[Tensor], shared: Sequence[nn.Parameter], own: 
     is that of the sum. One backward pass a loss is done here; the backward pass of the result only hands the gradients
     out, and so any loop that calls it does gradient surgery without knowing. Under fp16 the gradients are taken
     before the loop scales its loss, so that very small ones vanish: prefer bf16 or fp32. With several
-    processes, each operates on its own gradients, and the results are averaged. Without gradient mode, it is the sum.
+    processes, each operates on the gradients of its own losses, and the results are averaged. Without gradient
+    mode, it is the sum.
     """
     total = torch.stack([loss.float() for loss in losses]).sum()
     if not torch.is_grad_enabled():

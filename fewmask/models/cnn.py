@@ -8,6 +8,7 @@ import torch
 from segmentation_models_pytorch.encoders import get_encoder
 from torch import Tensor, nn
 
+from fewmask.models.drop_path import share_drop_paths
 from fewmask.models.encoder import Encoder, check_divisible
 from fewmask.types import UserError
 
@@ -88,6 +89,7 @@ def create_body(name: str, drop_path: float) -> Any:
     for module in body.modules():
         if type(module) is nn.Conv2d and module.groups > 1 and module.groups == module.in_channels:
             module.__class__ = DepthwiseConv2d
+    share_drop_paths(body)
     return body
 
 

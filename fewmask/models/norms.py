@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from fewmask.processes import mean_with_gradient, num_processes
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> None:
@@ -48,10 +48,10 @@ class HostNorm(_BatchNorm):
     def normalise(self, x: Tensor) -> Tensor:
         """Return `x` normalised by this step's statistics, which the running ones take in."""
         axes, shape = [axis for axis in range(x.ndim) if axis != 1], [1, -1, *[1] * (x.ndim - 2)]
-        mean = mean_of_all(x.float().mean(axes))
+        mean = mean_with_gradient(x.float().mean(axes))
         centred = x.float() - mean.view(shape)
-        variance = mean_of_all(centred.square().mean(axes))
-        self.remember(mean, variance, x.numel() // x.shape[1] * distributed.get_world_size())
+        variance = mean_with_gradient(centred.square().mean(axes))
+        self.remember(mean, variance, x.numel() // x.shape[1] * num_processes())
         scale = (variance + self.eps).rsqrt()
         if self.affine:
             return torch.addcmul(self.bias.view(shape), centred, (scale * self.weight).view(shape)).to(x.dtype)
@@ -68,24 +68,3 @@ class HostNorm(_BatchNorm):
         weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, weight)
         self.running_var.lerp_(variance * (num / max(num - 1, 1)), weight)
-
-
-def mean_of_all(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes; its gradient goes back to each."""
-    return SumOfAll.apply(value) / distributed.get_world_size()
-
-
-class SumOfAll(torch.autograd.Function):
-    """The sum of a tensor over all processes, whose gradient is the sum of theirs (torch's own is on its way out)."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        """Return the sum."""
-        total = value.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """Return the sum of all processes' gradients."""
-        return SumOfAll.forward(ctx, gradients[0])

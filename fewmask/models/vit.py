@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fewmask.models.attention import Attention
+from fewmask.models.drop_path import share_drop_paths
 from fewmask.models.encoder import Encoder, check_divisible
 from fewmask.types import UserError
 
@@ -62,6 +63,7 @@ class Vit(Encoder):
             img_size=size, patch_size=shape.patch, embed_dim=shape.dim, depth=shape.depth, num_heads=shape.heads,
             num_classes=0, global_pool="", drop_path_rate=drop_path, attn_layer=Attention,
         )  # fmt: skip
+        share_drop_paths(self.body)
         assert self.body.pos_embed is not None
         with torch.no_grad():
             self.body.pos_embed[:, 1:].copy_(sine_cosine(self.grid, shape.dim))

@@ -5,28 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fewmask.processes import mean_over_processes, num_processes
 from fewmask.types import UserError
 
 SHARE = 0.4  # of a training's steps, where that is less than the patience
-
-
-def num_processes() -> int:
-    """Return how many processes train together, 1 without torch.distributed."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-@torch.no_grad()
-def mean_over_processes(value: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes, which must hold equal shares of the batch; no gradient."""
-    value = value.detach()
-    if num_processes() == 1:
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / num_processes()
 
 
 @torch.no_grad()

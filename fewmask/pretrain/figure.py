@@ -16,8 +16,8 @@ from fewmask.data.augment import PretrainViews
 from fewmask.data.preprocess import denormalise
 from fewmask.losses import loss_of_each
 from fewmask.objective import Objective
-from fewmask.pretrain.collapse import mean_over_processes
 from fewmask.pretrain.crops import SSL_COLOUR
+from fewmask.processes import mean_over_processes
 from fewmask.types import Batch, UserError, Views
 
 CELLS = 32  # along each side of the small picture that is split

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fewmask.models import Encoder
 from fewmask.models.vit import Vit
-from fewmask.pretrain.collapse import mean_over_processes, num_processes
 from fewmask.pretrain.projector import Projector
+from fewmask.processes import mean_over_processes, num_processes
 from fewmask.types import UserError
 
 

@@ -11,8 +11,8 @@ from fewmask.data.colour import Chain, ColourJitter, RandomGrayscale
 from fewmask.data.preprocess import denormalise
 from fewmask.models import Encoder
 from fewmask.objective import Objective
-from fewmask.pretrain.collapse import mean_over_processes
 from fewmask.pretrain.self_distillation import global_dim, global_tokens
+from fewmask.processes import mean_over_processes
 from fewmask.types import Batch, UserError, Views
 
 UNKNOWN = -1

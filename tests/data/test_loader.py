@@ -51,6 +51,11 @@ def test_ranks_partition_the_global_batch(world, step):
     parts = [loader.batch(step, rank, world) for rank in range(world)]
     assert [name for part in parts for name in part.names] == whole.names
     torch.testing.assert_close(torch.cat([part.image for part in parts]), whole.image)
+    assert whole.share is None
+    for part in parts:
+        places = range(12) if part.share is None else part.share.places
+        assert part.names == [whole.names[place] for place in places]
+        assert part.share is None or part.share.total == 12
 
 
 def test_image_mask_label_and_name_belong_together():

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader, PairedLoader
+from fewmask.types import Share
 from tests.data.test_loader import dataset
 
 HALF = dataset(20, num_masks=8)
@@ -62,6 +63,12 @@ def test_processes_share_both_streams():
     whole, parts = mixed.batch(3), [mixed.batch(3, rank, 2) for rank in range(2)]
     assert [int(part.extra["has_mask"].sum()) for part in parts] == [2, 2]
     assert sorted(parts[0].names + parts[1].names) == sorted(whole.names)
+    for part in parts:
+        assert part.share is not None
+        assert part.names == [whole.names[place] for place in part.share.places]
+        assert part.share.total == 10
+    pair = PairedLoader(*loaders(4, 6)).batch(3, 1, 2)
+    assert (pair.share, pair.other.share) == (Share((2, 3), 4), Share((3, 4, 5), 6))
 
 
 @given(step=st.integers(0, 30))

@@ -70,7 +70,7 @@ class Pictures:
         return Batch(image[part], names[part], label=label, extra=extra, share=share)
 
 
-def objective_of(name: str, **more: object) -> Objective:
+def objective_of(name: str, drop_path: float = 0.3, **more: object) -> Objective:
     """Return a small objective of a method, on a ViT, or on a CNN where its name ends in "_cnn"."""
     torch.manual_seed(0)
     name, _, cnn = name.partition("_")
@@ -79,7 +79,7 @@ def objective_of(name: str, **more: object) -> Objective:
         return method(build_encoder(CNN, size=2 * SIZE), **{**settings, **CNNS[name], **more})
     if name == "figure":
         return method(build_segmenter("transunet", build_encoder("vit_micro_patch8", size=SIZE)), **settings, **more)
-    encoder = build_encoder("vit_tiny_patch16", size=SIZE)
+    encoder = build_encoder("vit_tiny_patch16", size=SIZE, drop_path=drop_path)
     encoder.body.blocks = encoder.body.blocks[:2]
     return method(encoder, **settings, **more)
 

@@ -36,5 +36,5 @@ def test_processes_that_cannot_share_a_training_are_told(monkeypatch: pytest.Mon
     """Else each would train alone, in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(fit, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device="mps"))
-    with pytest.raises(UserError, match="2 processes were started, and they cannot share a training on mps"):
+    with pytest.raises(UserError, match="2 processes train together, and this one found no other on mps"):
         accelerator_for(RunSection())
