@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,11 +21,12 @@ from fewmask.pretrain.crops import SSL_COLOUR
 from fewmask.processes import mean_over_processes
 from fewmask.types import Batch, UserError, Views
 
-CELLS = 32  # along each side of the small picture that is split
+CELLS = 48  # along each side of the small picture that is split
 BINS = 64  # of the histogram that Otsu's threshold is sought in
-LOWERED = 0.35
+LOWERED = (0.5, 0.2)  # of the way from the mean below the threshold to that above it: of small and of large figures,
+SMALL_TO_LARGE = (0.03, 0.4)  # which cover these shares of the picture
 SPREAD = 0.15  # standard deviation of the weights that make the middle, in sides of the picture
-BORDER = 3  # cells
+BORDER = 4  # cells
 LOOK_EVERY = 100  # steps between two looks of the guard
 AT_ONCE = 16  # pictures that are looked at together, apart from training
 LEAST_TOLD = 0.05
@@ -186,12 +188,13 @@ class FigureViews:
 
 
 def find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
-    """Return the figures bool (b, 1, 32, 32) of pictures uint8 (b, 3, h, w), and whether each is one: bool (b,).
+    """Return the figures bool (b, 1, 48, 48) of pictures uint8 (b, 3, h, w), and whether each is one: bool (b,).
 
     The cells' colours, each the mean of three by three so that hairs and rulers go, are projected on the line from the
-    border's mean to the middle's (Gaussian weights) and split by Otsu's threshold, which is then lowered so that soft
-    margins belong to the figure. This is what is connected, on the side towards the middle, to the cell nearest to the
-    middle, and it is one if it is as `rule` says. Brighter or darker makes no difference.
+    border's mean to the middle's (Gaussian weights) and split by Otsu's threshold, which is then moved so that the soft
+    margins of a large figure belong to it, and the blur around a small one does not. The figure is what is connected,
+    on the side towards the middle, to the cell nearest to the middle, and it is one if it is as `rule` says. Brighter
+    or darker makes no difference.
     """
     cells = F.adaptive_avg_pool2d(image.float(), CELLS)
     cells = F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -202,19 +205,30 @@ def find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
     middle, edge = ((cells * w).sum((2, 3), keepdim=True) / w.sum() for w in (weight, border))
     along = ((cells - edge) * (middle - edge)).sum(1).flatten(1)
     above, explained = split_by_otsu(along)
-    figure = connected(lowered(along, above).view(-1, 1, CELLS, CELLS), weight)
+    core = connected(above.view(-1, 1, CELLS, CELLS), weight).float().mean((1, 2, 3))
+    figure = connected(lowered(along, above, lowering(core)).view(-1, 1, CELLS, CELLS), weight)
     area, on_border = figure.float().mean((1, 2, 3)), (figure * border).sum((1, 2, 3)) / border.sum()
     told = (area > 0) & (area >= rule.min_area) & (on_border <= rule.max_border) & (explained >= rule.min_explained)
     return figure, told
 
 
-def lowered(values: Tensor, above: Tensor) -> Tensor:
-    """Return which of the values (b, n) lie above 0.35 of the way from the mean of those below to that of those above.
+def lowering(area: Tensor) -> Tensor:
+    """Return how far a threshold is to lie from the mean below to that above, (b,), for figures of an area (b,).
 
-    Our choice: Otsu's threshold, about the middle of that way, leaves a fifth of a lesion's area out.
+    From 0.5 for those of 0.03 of the picture, and smaller ones, to 0.2 for those of 0.4 and larger ones, straight in
+    the area's logarithm. Our choice, on 400 training images of ISIC-2017 with their masks: Otsu's threshold, about the
+    middle of that way, leaves a fifth of a large lesion out, and one threshold for all made small ones thrice their
+    size.
     """
-    high, low = ((values * part).sum(1) / part.sum(1).clamp_min(1) for part in (above.float(), (~above).float()))
-    return (values > (low + LOWERED * (high - low))[:, None]) & above.any(1, keepdim=True)
+    small, large = (math.log(share) for share in SMALL_TO_LARGE)
+    place = ((area.clamp_min(1e-4).log() - small) / (large - small)).clamp(0, 1)
+    return LOWERED[0] + (LOWERED[1] - LOWERED[0]) * place
+
+
+def lowered(values: Tensor, above: Tensor, part: Tensor) -> Tensor:
+    """Return which of the values (b, n) lie above `part` (b,) of the way from the mean below to the mean above."""
+    high, low = ((values * side).sum(1) / side.sum(1).clamp_min(1) for side in (above.float(), (~above).float()))
+    return (values > (low + part * (high - low))[:, None]) & above.any(1, keepdim=True)
 
 
 def connected(inside: Tensor, weight: Tensor) -> Tensor:
@@ -222,12 +236,17 @@ def connected(inside: Tensor, weight: Tensor) -> Tensor:
 
     In at most n steps: a winding thing may lose its end.
     """
-    inside = inside.float()
     nearest = (inside * weight).flatten(1).argmax(1, keepdim=True)  # the first of several
-    found = torch.zeros_like(inside).flatten(1).scatter_(1, nearest, 1.0).view_as(inside) * inside
-    for _ in range(inside.shape[-1]):
-        found = F.max_pool2d(found, 3, stride=1, padding=1) * inside
-    return found > 0
+    found = torch.zeros_like(inside).flatten(1).scatter_(1, nearest, True).view_as(inside) & inside
+    for _ in range(inside.shape[-1]):  # by shifts of bool, in a fifth of the time of a pooling
+        wide = found.clone()
+        wide[..., 1:] |= found[..., :-1]
+        wide[..., :-1] |= found[..., 1:]
+        found = wide.clone()
+        found[..., 1:, :] |= wide[..., :-1, :]
+        found[..., :-1, :] |= wide[..., 1:, :]
+        found &= inside
+    return found
 
 
 def split_by_otsu(values: Tensor) -> tuple[Tensor, Tensor]:
