@@ -23,6 +23,7 @@ from fewmask.pretrain.figure import (
     connected,
     find_figure,
     lowered,
+    lowering,
     split_by_otsu,
 )
 from fewmask.types import Batch, UserError
@@ -75,14 +76,33 @@ def test_a_row_of_one_value_has_none_above_and_nothing_explained():
 
 def test_the_threshold_is_lowered_to_a_share_of_the_way_between_the_means():
     values = torch.tensor([[0.0, 1.0, 2.0, 3.9, 4.1, 9.0, 10.0, 11.0], [5.0] * 8])
-    above = values > 8
-    # Means 2.2 and 10.0: 0.35 of the way is 4.93; then a row where nothing is above.
-    assert torch.equal(lowered(values, above), values > 8)
+    above, part = values > 8, torch.tensor([0.35, 0.35])
+    # Means 2.2 and 10.0: 0.35 of the way is 4.93, 0.2 of it 3.76; then a row where nothing is above.
+    assert torch.equal(lowered(values, above, part), values > 8)
+    assert lowered(values, above, torch.tensor([0.2, 0.2]))[0].tolist() == [False] * 3 + [True] * 5
     above[0, 4] = True  # means 1.725 and 8.525: 4.105
-    assert lowered(values, above)[0].tolist() == [False] * 5 + [True] * 3
+    assert lowered(values, above, part)[0].tolist() == [False] * 5 + [True] * 3
     above[0, 3] = True  # means 1 and 7.6: 3.31
-    assert lowered(values, above)[0].tolist() == [False] * 3 + [True] * 5
-    assert not lowered(values, above)[1].any()
+    assert lowered(values, above, part)[0].tolist() == [False] * 3 + [True] * 5
+    assert not lowered(values, above, part)[1].any()
+
+
+def test_it_is_lowered_more_the_larger_the_figure():
+    """0.5 up to an area of 0.03, 0.2 from 0.4 on, and halfway between at their geometric mean."""
+    areas = torch.tensor([0.0, 0.01, 0.03, (0.03 * 0.4) ** 0.5, 0.4, 0.9])
+    torch.testing.assert_close(lowering(areas), torch.tensor([0.5, 0.5, 0.5, 0.35, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize(("radius", "least", "most"), [(10, 0.9, 1.6), (20, 0.95, 1.25), (40, 0.95, 1.15)])
+def test_a_soft_disc_is_told_about_its_own_size_small_or_large(radius, least, most):
+    """Its rim is as wide at any size, as a camera leaves it; the share is of the area within half of the contrast."""
+    line = torch.arange(SIDE) - (SIDE - 1) / 2
+    distance = (line[:, None].square() + line.square()).sqrt()
+    depth = torch.sigmoid((radius - distance) / 2)
+    image = (200 - 120 * depth).byte().expand(1, 3, -1, -1)
+    found, told = find_figure(image, RULE)
+    assert told
+    assert least <= float(found.float().mean() / (distance <= radius).float().mean()) <= most
 
 
 @given(st.integers(0, 2**31), st.floats(0.3, 0.8), st.integers(2, 14))
