@@ -114,6 +114,8 @@ def continued() -> list[str]:
             share = cell["fraction"]
             facts = found["pretraining"][cell["arm"]]
             arm = f"{cell['arm']}, {(facts['budget'] or facts['seconds']) / 60:.0f} min"
+            if remark := found.get("remarks", {}).get(cell["arm"]):
+                arm += f" ({remark})"
             (paired,) = (d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], share))
             gained = f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
             length = "plain script" if found.get("script_steps") else "fewmask"
