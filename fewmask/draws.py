@@ -33,9 +33,10 @@ def rows_of_all(num: int) -> tuple[Tensor, int]:
     share = _SHARE.get()
     if share is None:
         return torch.arange(num), num
-    num_views, rest = divmod(num, len(share.places))
-    if rest:
-        raise ValueError(f"{num} draws are no whole number of views of {len(share.places)} images.")
+    held = len(share.places)
+    if num % held:  # and no divmod, which torch.compile cannot trace
+        raise ValueError(f"{num} draws are no whole number of views of {held} images.")
+    num_views = num // held
     first = torch.arange(num_views)[:, None] * share.total
     return (first + torch.tensor(share.places)).flatten(), num_views * share.total
 
