@@ -238,7 +238,7 @@ def connected(inside: Tensor, weight: Tensor) -> Tensor:
     """
     nearest = (inside * weight).flatten(1).argmax(1, keepdim=True)  # the first of several
     found = torch.zeros_like(inside).flatten(1).scatter_(1, nearest, True).view_as(inside) & inside
-    for _ in range(inside.shape[-1]):  # by shifts of bool, in a fifth of the time of a pooling
+    for _ in range(inside.shape[-1]):  # by shifts of bool, in a quarter of the time of a pooling
         wide = found.clone()
         wide[..., 1:] |= found[..., :-1]
         wide[..., :-1] |= found[..., 1:]
