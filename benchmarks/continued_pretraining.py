@@ -10,7 +10,9 @@ split. Arms are compared image by image, averaged over the seeds. A finished run
 An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
 ("slow:dino pretrain.lr=1e-5"). `--weights NAME:FILE` is an arm that begins with weights made elsewhere, such as those
 of a network that was trained with every mask: what may be hoped for at most. `--script-steps N` fine-tunes as a
-tutorial would, by N steps of the script of `plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`.
+tutorial would, by N steps of the script of `plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`. At a
+constant rate it is chance how good the last step's weights are, so `--script-stops 5` scores each network after the
+last five of every twentieth step too, and compares the means.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from fewmask.evaluate.score import compare, read_case_csv, score_cases
 
 MODEL = ("model.encoder=efficientnet_lite0", "model.size=128")
 CONTROL = "none"
-CASES = "cases_test.csv"
+CASES, STOPS = "cases_test.csv", "cases_stops.csv"  # after the last step; means over the last stops
+BETWEEN = 20  # steps between two stops
 
 
 def fewmask(*words: str) -> None:
@@ -99,16 +102,25 @@ def follow_script(args: argparse.Namespace, weights: str, fraction: float, seed:
         torch.set_num_threads(args.threads)
     cases = load_cases(args.data, Path(args.manifest))
     train, test = ([c for c in cases if c.split == split and c.mask] for split in ("train", "test"))
-    network, figures = plain(train, math.inf, seed, fraction, weights, args.script_steps, args.script_lr)
-    rows = score_cases(partial(predict_probability, network, size=SIZE), test)
+    stops = [args.script_steps - BETWEEN * back for back in range(args.script_stops)]
+    rows: dict[int, list] = {}
+
+    def look(step: int, network: torch.nn.Module) -> None:
+        if step in stops:
+            rows[step] = score_cases(partial(predict_probability, network.eval(), size=SIZE), test)
+            network.train()
+
+    _, figures = plain(train, math.inf, seed, fraction, weights, args.script_steps, args.script_lr, look)
     (out / "finetune").mkdir(parents=True, exist_ok=True)
     write_json(out / "finetune" / "stage.json", {"steps": args.script_steps, "lr": args.script_lr, **figures})
-    write_case_csv(out / CASES, rows)
+    if len(stops) > 1:
+        write_case_csv(out / STOPS, average_seeds(rows, stops))
+    write_case_csv(out / CASES, rows[args.script_steps])
 
 
-def finished(args: argparse.Namespace, arm: str, fraction: float) -> dict[int, list]:
+def finished(args: argparse.Namespace, arm: str, fraction: float, cases: str) -> dict[int, list]:
     """Return the test rows of every finished run of an arm and a share of the masks, by seed."""
-    paths = {seed: args.out / arm / f"{fraction:g}-{seed}" / CASES for seed in range(args.seeds)}
+    paths = {seed: args.out / arm / f"{fraction:g}-{seed}" / cases for seed in range(args.seeds)}
     return {seed: read_case_csv(path) for seed, path in paths.items() if path.exists()}
 
 
@@ -123,12 +135,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
 
 
-def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
-    """Return what is finished so far, ready for JSON."""
+def compared(args: argparse.Namespace, arms: dict[str, list[str] | None], cases: str) -> dict[str, list[dict]]:
+    """Return "cells" and "differences" to the control of what is finished so far."""
     cells, differences, found = [], [], {}
     for name in arms:
         for fraction in args.fractions:
-            found[name, fraction] = finished(args, name, fraction)
+            found[name, fraction] = finished(args, name, fraction, cases)
     for (name, fraction), by_seed in found.items():
         if not by_seed:
             continue
@@ -139,11 +151,17 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
         if name != CONTROL and (seeds := sorted(by_seed.keys() & control.keys())):
             paired = compare(average_seeds(by_seed, seeds), average_seeds(control, seeds))
             differences.append({"arm": name, "fraction": fraction, "seeds": seeds, **paired})
+    return {"cells": cells, "differences": differences}
+
+
+def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
+    """Return what is finished so far, ready for JSON; "stops" are the means over the script's stops."""
     pretrained = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
         "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "script_steps": args.script_steps,
-        "script_lr": args.script_lr, "protocol": args.protocol, "cells": cells, "differences": differences,
+        "script_lr": args.script_lr, "script_stops": args.script_stops, "protocol": args.protocol,
+        **compared(args, arms, CASES), "stops": compared(args, arms, STOPS),
         "pretraining": {name: read_json(path) for name, path in pretrained.items() if path.exists()},
     }  # fmt: skip
 
@@ -155,7 +173,7 @@ def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> Non
         raise SystemExit(f"{args.out} holds runs and does not say how they were made: name another --out.")
     names = (
         "data", "manifest", "unlabelled", "threads", "pretrain_time", "finetune_time", "script_steps", "script_lr",
-        "finetune",
+        "script_stops", "finetune",
     )  # fmt: skip
     asked = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
     known = read_json(path) if path.exists() else {**asked, "arms": {}}
@@ -178,6 +196,7 @@ def main() -> None:
     parser.add_argument("--pretrain-time", default="10m")
     parser.add_argument("--finetune-time", default="4m")
     parser.add_argument("--script-steps", type=int, default=0, help="fine-tune by a plain script, so many steps of 16")
+    parser.add_argument("--script-stops", type=int, default=1, help="score it after so many of every twentieth step")
     parser.add_argument("--script-lr", type=float, default=1e-3, help="the script's constant learning rate")
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -73,8 +74,12 @@ def plain(
     weights: str = "packaged",
     steps: float = math.inf,
     lr: float = 1e-3,
+    after_step: Callable[[int, torch.nn.Module], None] = lambda step, network: None,
 ) -> tuple[torch.nn.Module, dict]:
-    """Train the plain way, for so many minutes or steps, whichever end first; return the network and its figures."""
+    """Train the plain way, for so many minutes or steps, whichever end first; return the network and its figures.
+
+    `after_step` may look at the network after each step, counted from 1, and leaves it in training.
+    """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     train = label_subset(train, fraction, seed)  # the images that fewmask chooses
@@ -98,6 +103,9 @@ def plain(
         loss.backward()
         optimiser.step()
         seen += BATCH
+        looking = time.perf_counter()
+        after_step(seen // BATCH, network)
+        began += time.perf_counter() - looking  # which is no training
     seconds = time.perf_counter() - began
     return network.eval(), {"images_per_s": seen / seconds, "epochs": seen / len(train), "seconds": seconds}
 

@@ -25,12 +25,14 @@ from fewmask.pretrain.figure import (
     lowered,
     lowering,
     split_by_otsu,
+    without_hairs,
+    without_shading,
 )
 from fewmask.types import Batch, UserError
 from tests.engine.tiny import BATCH, TinyStream, train
 
 SIDE = 96
-RULE = FigureRule(min_area=0.01, max_border=0.25, min_explained=0.5)  # as Figure takes it
+RULE = FigureRule(min_area=0.01, max_border=0.25, min_explained=0.6)  # as Figure takes it
 COLOUR = st.tuples(*[st.integers(0, 255)] * 3)
 
 
@@ -88,9 +90,9 @@ def test_the_threshold_is_lowered_to_a_share_of_the_way_between_the_means():
 
 
 def test_it_is_lowered_more_the_larger_the_figure():
-    """0.5 up to an area of 0.03, 0.2 from 0.4 on, and halfway between at their geometric mean."""
+    """0.45 up to an area of 0.03, 0.2 from 0.4 on, and halfway between at their geometric mean."""
     areas = torch.tensor([0.0, 0.01, 0.03, (0.03 * 0.4) ** 0.5, 0.4, 0.9])
-    torch.testing.assert_close(lowering(areas), torch.tensor([0.5, 0.5, 0.5, 0.35, 0.2, 0.2]))
+    torch.testing.assert_close(lowering(areas), torch.tensor([0.45, 0.45, 0.45, 0.325, 0.2, 0.2]))
 
 
 @pytest.mark.parametrize(("radius", "least", "most"), [(10, 0.9, 1.6), (20, 0.95, 1.25), (40, 0.95, 1.15)])
@@ -136,23 +138,24 @@ def test_a_disc_of_any_colour_is_found_where_it_is(middle, radius, figure, groun
 
 def test_mirrored_and_negative_pictures_have_the_same_figures():
     torch.manual_seed(0)
-    image = (F.interpolate(torch.rand(8, 3, 6, 6), (SIDE, SIDE), mode="bicubic").clamp(0, 1) * 255).byte()
-    image[:4, :, disc()] //= 8
+    fields = [F.interpolate(torch.rand(4, 3, n, n), (SIDE, SIDE), mode="bicubic") for n in (6, 24)]
+    image = (torch.cat(fields).clamp(0, 1) * 255).byte()
+    image[:2, :, disc()] //= 8
     found, told = find_figure(image, RULE)
     assert 0 < told.sum() < 8
     mirrored, still_told = find_figure(image.flip(3), RULE)
     assert (mirrored.flip(3) == found).float().mean() > 0.99
     assert torch.equal(told, still_told)
-    negative, told_too = find_figure(255 - image, RULE)
-    assert (negative == found).float().mean() > 0.99
-    assert torch.equal(told, told_too)
+    negative, told_too = find_figure(255 - image[:4], RULE)  # those without thin things
+    assert (negative == found[:4]).float().mean() > 0.98
+    assert torch.equal(told[:4], told_too)
 
 
 @pytest.mark.parametrize(
     ("inside", "why"),
     [
         (torch.zeros(SIDE, SIDE, dtype=torch.bool), "one colour"),
-        (disc((46.5, 46.5), 1), "too small"),
+        (disc((46.5, 46.5), 3), "too small"),
         (torch.arange(SIDE).expand(SIDE, SIDE) < 50, "half of the border is in it"),
     ],
 )
@@ -177,6 +180,62 @@ def test_of_two_things_as_near_to_the_middle_one_is_the_figure(gap):
     assert told
     halves = found[..., : CELLS // 2].any(), found[..., CELLS // 2 :].any()
     assert sum(map(bool, halves)) == 1
+
+
+@given(st.integers(0, 2**31), st.integers(2, 90), st.integers(2, 90))
+def test_hairs_are_painted_over_by_a_closing(seed, height, width):
+    torch.manual_seed(seed)
+    image = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    side = 2 * round((max(height, width) / 29 - 1) / 2) + 1
+    wide = F.max_pool2d(image.float(), side, 1, side // 2)
+    assert torch.equal(without_hairs(image).float(), -F.max_pool2d(-wide, side, 1, side // 2))
+
+
+def test_dark_hairs_across_a_figure_do_not_make_it_another():
+    inside, hairs = disc((48, 48), 20), torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    for start in range(4, SIDE, 12):
+        hairs[:, start : start + 2] = hairs[start : start + 2] = True
+    image = painted(inside)
+    with_hairs = torch.where(hairs, torch.tensor([20, 15, 10], dtype=torch.uint8).view(1, 3, 1, 1), image)
+    (found, told), (plain, _) = find_figure(with_hairs, RULE), find_figure(image, RULE)
+    assert told
+    assert 2 * (found & plain).sum() / (found.sum() + plain.sum()) > 0.95  # but for a cell at its rim
+
+
+def shaded(image: torch.Tensor, slope: float, fall: float) -> torch.Tensor:
+    """Return pictures lit unevenly: `slope` grey levels less from left to right, `fall` less in the corners."""
+    line = torch.linspace(-1, 1, SIDE)
+    light = slope * (line + 1) / 2 + fall * (line.square() + line[:, None].square()) / 2
+    return (image.float() - light).clamp(0, 255).byte()
+
+
+@pytest.mark.parametrize(("slope", "fall"), [(60, 0), (0, 80), (40, 60), (-60, 40)])
+def test_an_unevenly_lit_picture_has_the_figure_of_an_evenly_lit_one(slope, fall):
+    """The light takes more than the figure's own contrast, which is 40."""
+    image = painted(disc((44, 50), 12), (160, 150, 140), (200, 190, 180))
+    (found, told), (plain, _) = find_figure(shaded(image, slope, fall), RULE), find_figure(image, RULE)
+    assert told
+    assert 2 * (found & plain).sum() / (found.sum() + plain.sum()) > 0.9
+
+
+@given(st.floats(-1, 1), st.floats(-1, 1), st.floats(-1, 1), st.floats(0, 255))
+def test_nothing_but_light_leaves_nothing(across, down, fall, level):
+    place = torch.linspace(-0.5, 0.5, CELLS)
+    x, y = place.expand(CELLS, CELLS), place[:, None].expand(CELLS, CELLS)
+    light = level + 100 * (across * x + down * y + fall * (x.square() + y.square()))
+    left = without_shading(light.expand(2, 3, -1, -1))
+    assert left.abs().max() < 0.02
+
+
+def test_a_sticker_at_the_border_does_not_make_the_skin_a_figure():
+    """A third of the border is of a colour that pulls its mean, and not its median."""
+    inside, sticker = disc((44, 40), 9), disc((48, 110), 45)
+    image = painted(inside)
+    image[..., sticker] = torch.tensor([30, 200, 210], dtype=torch.uint8)[:, None]
+    found, told = find_figure(image, RULE)
+    assert told
+    cover = F.interpolate(found.float(), (SIDE, SIDE), mode="bilinear")[0, 0] >= 0.5
+    assert 2 * (cover & inside).sum() / (cover.sum() + inside.sum()) > 0.85
 
 
 def test_many_pictures_are_looked_at_as_each_alone():
