@@ -96,10 +96,21 @@ def dice_of(found: dict[str, Any], row: str, fraction: float) -> str:
 
 
 def continued() -> list[str]:
-    """Return what continued pre-training brings, by the recipes as they ship; their variants stand on the page."""
+    """Return what continued pre-training brings, by the recipes as they ship; their variants stand on the page.
+
+    A cell with a remark, which says that its method has changed since, is left out where the same was measured anew.
+    """
     heads = ("data", "masks", "fine-tuning", "pre-training", "without", "with (95 %)", "gain, points", "HD95, px")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     tables = by_share("continued_*.json", "cells")
+
+    def key(found: dict[str, Any], cell: dict[str, Any]) -> tuple:
+        return found.get("protocol", "ISIC-2017"), bool(found.get("script_steps")), cell["arm"], cell["fraction"]
+
+    def remark(found: dict[str, Any], cell: dict[str, Any]) -> str:
+        return found.get("remarks", {}).get(cell["arm"], "")
+
+    anew = {key(found, cell) for found in tables for cell in found["cells"] if not remark(found, cell)}
     for found in sorted(
         tables,
         key=lambda found: (
@@ -109,13 +120,13 @@ def continued() -> list[str]:
     ):
         without = {cell["fraction"]: cell["dice"]["mean"] for cell in found["cells"] if cell["arm"] == "none"}
         for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
-            if cell["arm"] not in CONTINUED:
+            if cell["arm"] not in CONTINUED or (remark(found, cell) and key(found, cell) in anew):
                 continue
             share = cell["fraction"]
             facts = found["pretraining"][cell["arm"]]
             arm = f"{cell['arm']}, {(facts['budget'] or facts['seconds']) / 60:.0f} min"
-            if remark := found.get("remarks", {}).get(cell["arm"]):
-                arm += f" ({remark})"
+            if said := remark(found, cell):
+                arm += f" ({said})"
             (paired,) = (d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], share))
             gained = f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
             length = "plain script" if found.get("script_steps") else "fewmask"

@@ -90,12 +90,12 @@ def test_the_threshold_is_lowered_to_a_share_of_the_way_between_the_means():
 
 
 def test_it_is_lowered_more_the_larger_the_figure():
-    """0.45 up to an area of 0.03, 0.2 from 0.4 on, and halfway between at their geometric mean."""
-    areas = torch.tensor([0.0, 0.01, 0.03, (0.03 * 0.4) ** 0.5, 0.4, 0.9])
-    torch.testing.assert_close(lowering(areas), torch.tensor([0.45, 0.45, 0.45, 0.325, 0.2, 0.2]))
+    """0.45 up to an area of 0.03, 0.1 from 0.3 on, and halfway between at their geometric mean."""
+    areas = torch.tensor([0.0, 0.01, 0.03, (0.03 * 0.3) ** 0.5, 0.3, 0.9])
+    torch.testing.assert_close(lowering(areas), torch.tensor([0.45, 0.45, 0.45, 0.275, 0.1, 0.1]))
 
 
-@pytest.mark.parametrize(("radius", "least", "most"), [(10, 0.9, 1.6), (20, 0.95, 1.25), (40, 0.95, 1.15)])
+@pytest.mark.parametrize(("radius", "least", "most"), [(10, 0.9, 1.6), (20, 0.95, 1.4), (40, 0.95, 1.15)])
 def test_a_soft_disc_is_told_about_its_own_size_small_or_large(radius, least, most):
     """Its rim is as wide at any size, as a camera leaves it; the share is of the area within half of the contrast."""
     line = torch.arange(SIDE) - (SIDE - 1) / 2
@@ -265,7 +265,7 @@ def test_the_figure_moves_with_its_picture():
     red = batch.image[:, :1]
     middle = (red.amax((2, 3), keepdim=True) + red.amin((2, 3), keepdim=True)) / 2
     seen = (red < middle).float()
-    assert (seen - batch.extra["figure"]).abs().mean() < 0.03
+    assert (seen - batch.extra["figure"]).abs().mean() < 0.04
     shares = seen.mean((1, 2, 3))
     assert shares.max() > 1.3 * shares.min()  # they were cropped, not only resized
 
