@@ -208,7 +208,7 @@ def find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
     cells = without_shading(F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, stride=1))
     weight, near = (about_the_middle(spread, image.device) for spread in (SPREAD, ABOUT))
     border = along_the_border(BORDER, image.device)
-    edge = cells.flatten(2)[..., border.flatten() > 0].median(2).values[..., None, None]
+    edge = outermost(cells, BORDER).median(2).values[..., None, None]
     differs = (cells - edge).square().sum(1, keepdim=True).sqrt() * weight
     middle = (cells * differs).sum((2, 3), keepdim=True) / differs.sum((2, 3), keepdim=True).clamp_min(1e-6)
     along = ((cells - edge) * (middle - edge)).sum(1).flatten(1)
@@ -238,6 +238,12 @@ def along_the_border(width: int, device: torch.device) -> Tensor:
     return border
 
 
+def outermost(maps: Tensor, width: int) -> Tensor:
+    """Return the values of maps (..., 48, 48) in the `width` outermost cells of each side, (..., m)."""
+    sides = maps[..., width:-width, :width], maps[..., width:-width, -width:]
+    return torch.cat([part.flatten(-2) for part in (maps[..., :width, :], maps[..., -width:, :], *sides)], dim=-1)
+
+
 def without_shading(cells: Tensor) -> Tensor:
     """Return cells (b, 3, 48, 48) less the light that falls on them: unevenly, or less towards the corners.
 
@@ -247,16 +253,15 @@ def without_shading(cells: Tensor) -> Tensor:
     """
     place = places(cells.device)
     x, y = place.expand(CELLS, CELLS), place[:, None].expand(CELLS, CELLS)
-    basis = torch.stack([torch.ones_like(x), x, y, x.square() + y.square()], dim=-1).flatten(0, 1)
-    rim = along_the_border(RIM, cells.device).flatten() > 0
-    known, colours = basis[rim], cells.flatten(2)[..., rim].transpose(1, 2)
+    basis = torch.stack([torch.ones_like(x), x, y, x.square() + y.square()])
+    known, colours = outermost(basis, RIM).T, outermost(cells, RIM).transpose(1, 2)
     trust = torch.ones_like(colours[..., :1])
     for _ in range(FITS):
         weighed = (known * trust).transpose(1, 2)
-        light = torch.linalg.solve(weighed @ known + 1e-3 * torch.eye(4, device=cells.device), weighed @ colours)
+        light = torch.linalg.solve_ex(weighed @ known + 1e-3 * torch.eye(4, device=cells.device), weighed @ colours)[0]
         distance = (colours - known @ light).square().sum(2, keepdim=True).sqrt()
         trust = 1 / (1 + (distance / distance.median(1, keepdim=True).values.clamp_min(1)).square())
-    return cells - (basis @ light).transpose(1, 2).reshape(cells.shape)
+    return cells - (light.transpose(1, 2) @ basis.flatten(1)).reshape(cells.shape)
 
 
 def without_hairs(image: Tensor) -> Tensor:
