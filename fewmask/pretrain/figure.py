@@ -258,7 +258,8 @@ def without_shading(cells: Tensor) -> Tensor:
     trust = torch.ones_like(colours[..., :1])
     for _ in range(FITS):
         weighed = (known * trust).transpose(1, 2)
-        light = torch.linalg.solve_ex(weighed @ known + 1e-3 * torch.eye(4, device=cells.device), weighed @ colours)[0]
+        normal = weighed @ known + 1e-3 * torch.eye(4, device=cells.device)
+        light = torch.linalg.solve_ex(normal, weighed @ colours)[0]  # solve() waits for an accelerator
         distance = (colours - known @ light).square().sum(2, keepdim=True).sqrt()
         trust = 1 / (1 + (distance / distance.median(1, keepdim=True).values.clamp_min(1)).square())
     return cells - (light.transpose(1, 2) @ basis.flatten(1)).reshape(cells.shape)
