@@ -280,7 +280,7 @@ def shifted(image: Tensor, reach: int, choose: Callable[..., Tensor]) -> Tensor:
     for axis in (2, 3):
         wide, size = image.clone(), image.shape[axis]
         for step in range(1, min(reach, size - 1) + 1):
-            near, far = (x.narrow(axis, start, size - step) for x in (wide,) for start in (0, step))
+            near, far = (wide.narrow(axis, start, size - step) for start in (0, step))
             choose(far, image.narrow(axis, 0, size - step), out=far)
             choose(near, image.narrow(axis, step, size - step), out=near)
         image = wide
