@@ -147,7 +147,7 @@ _FULL = {
 }  # fmt: skip
 PRETRAIN_BUDGETS: dict[str, Settings] = {
     "smoke": {
-        **_FINETUNE, **_SECONDS, "grid.seeds": 2, "model.encoder": "vit_tiny_patch16", "model.size": 64,
+        **_FINETUNE, **_SECONDS, "grid.seeds": 2, "model.encoder": "vit_micro_patch8", "model.size": 32,
         "model.segmenter_settings": {"decoder_channels": [32, 16, 16, 8]},
         "pretrain.epochs": 1, "pretrain.batch_size": 4, "pretrain.min_epoch_steps": 2,
     },

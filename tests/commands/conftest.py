@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
 from fewmask.__main__ import main
+from fewmask.commands import chain
 from fewmask.data.synthetic import make_dataset
 
 _STAGES = (
@@ -24,7 +23,7 @@ TINY = (
 )  # fmt: skip
 # A ViT with a CNN as student at its end.
 DISTILLING = (
-    *_STAGES, "model.encoder=vit_tiny_patch16", "model.segmenter=transunet", "pretrain.method.name=mae",
+    *_STAGES, "model.encoder=vit_micro_patch8", "model.segmenter=transunet", "pretrain.method.name=mae",
     "student.encoder=tiny", "student.weights=none", "student.segmenter=tiny_unet",
     "distill.epochs=1", "distill.min_epoch_steps=2", "distill.batch_size=4",
 )  # fmt: skip
@@ -57,12 +56,22 @@ def write_rows(path, rows):
 
 
 def finish_chain(tmp_path_factory, data, settings):
-    """Run a chain in a process and with a cache of its own; return its folder."""
+    """Run a chain with a cache of its own; return its folder."""
     out = tmp_path_factory.mktemp("chain") / "run"
-    environment = {**os.environ, "FEWMASK_CACHE": str(tmp_path_factory.mktemp("cache"))}
-    command = [sys.executable, "-m", "fewmask", "run", str(data), "--out", str(out), *settings]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEWMASK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        assert call_main(patch, "run", data, "--out", out, *settings) == 0
     return out
+
+
+def call_main(patch, *words):
+    """Call the command line; return its exit code."""
+    patch.setattr(sys, "argv", ["fewmask", *map(str, words)])
+    try:
+        main()
+    except SystemExit as leaving:
+        return leaving.code or 0
+    return 0
 
 
 @pytest.fixture
@@ -76,13 +85,14 @@ def fewmask(monkeypatch, capsys):
     """Call the command line; returns (exit code, standard output, standard error)."""
 
     def call(*words):
-        monkeypatch.setattr(sys, "argv", ["fewmask", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as leaving:
-            code = leaving.code or 0
+        code = call_main(monkeypatch, *words)
         out, err = capsys.readouterr()
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def unexported(monkeypatch):
+    """Chains end without model.onnx, whose tracing takes longer than all else: for tests of what was learnt before."""
+    monkeypatch.setattr(chain, "export_once", lambda folder, stage: None)

@@ -120,7 +120,7 @@ def test_teachers_are_asked_once_wherever_predictions_are_enough(method, once):
         ),
         (("student.segmenter=unet",), "unet"),
         (("student.weights=packaged",), "no package with weights for the encoder 'tiny'"),
-        (("student.weights=teacher",), "holds weights of the encoder 'vit_tiny_patch16', but this one is 'tiny'"),
+        (("student.weights=teacher",), "holds weights of the encoder 'vit_micro_patch8', but this one is 'tiny'"),
         (("distill.method.losses={nope = {}}",), "no distillation loss named 'nope'"),
         (("distill.method.losses=false",), "Setting 'distill.method.losses' cannot be False"),
         (
@@ -168,7 +168,7 @@ def test_a_chain_that_could_not_end_does_not_begin(drawn, tmp_path, fewmask):
     words = (*DISTILLING, "student.weights=teacher")
     code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *words)
     assert code == 1
-    assert "set student.encoder=vit_tiny_patch16" in err
+    assert "set student.encoder=vit_micro_patch8" in err
     assert not (tmp_path / "run" / "pretrain").exists()
 
 
@@ -297,7 +297,7 @@ def test_a_file_of_other_tensors_is_no_teacher(drawn, tmp_path, fewmask):
 def test_a_student_of_its_teachers_kind_may_start_from_the_whole_of_it(taught, drawn, tmp_path, fewmask):
     words = (
         "data.root=" + str(drawn), f'distill.teachers=["{taught / "finetune" / "model.safetensors"}"]', *STUDENT,
-        "student.encoder=vit_tiny_patch16", "student.segmenter=transunet", "student.weights=teacher",
+        "student.encoder=vit_micro_patch8", "student.segmenter=transunet", "student.weights=teacher",
         "distill.lr=1e-12", "distill.method.average=0.0",
     )  # fmt: skip
     code, _, err = fewmask("distill", "tiny_unet", *words, f"run.out={tmp_path / 'out'}")

@@ -302,6 +302,7 @@ def test_data_that_changed_between_two_calls(data, tmp_path, fewmask):
     assert (tmp_path / "run" / "model.onnx").read_bytes() == before
 
 
+@pytest.mark.usefixtures("unexported")
 def test_other_settings_for_the_same_run(drawn, tmp_path, fewmask):
     assert fewmask("run", drawn, "--out", tmp_path / "run", *TINY)[0] == 0
     code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *TINY, "run.seed=5")
@@ -314,6 +315,7 @@ def test_other_settings_for_the_same_run(drawn, tmp_path, fewmask):
     assert "run.json cannot be read" in err
 
 
+@pytest.mark.usefixtures("unexported")
 def test_a_full_disk_while_saving_loses_nothing(drawn, tmp_path, monkeypatch, fewmask):
     import fewmask.engine.checkpoint as checkpoint
 

@@ -112,7 +112,7 @@ def test_the_papers_figures_and_the_deviations_are_told(finished):
     told = " ".join(found["deviations"])
     for sentence in (
         "pretrain.batch_size: the paper has 128, here 4.",
-        "model.encoder: the paper has vit_small_patch16, here vit_tiny_patch16.",
+        "model.encoder: the paper has vit_small_patch16, here vit_micro_patch8.",
         "finetune.epochs: the paper has 100, here 1.",
         "Fine-tuning, epochs done before the training ended: 1 to 1.",
         "here 2 of fine-tuning a cell",

@@ -127,6 +127,7 @@ def test_a_method_that_cannot_take_its_place_is_told_before_the_run(tmp_path, fe
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("unexported")
 def test_the_chain_takes_the_other_method_to_its_end(tmp_path, fewmask):
     data = draw(tmp_path / "data")
     for path in (data / "masks").iterdir():  # masks of another thing
@@ -170,6 +171,7 @@ def draw(folder, num=12, num_masked=10):
     return folder
 
 
+@pytest.mark.usefixtures("unexported")
 def test_the_chain_begins_its_fine_tuning_with_the_decoder_that_learnt_figures(tmp_path, fewmask):
     code, _, err = fewmask("run", draw(tmp_path / "data"), "--out", tmp_path / "run", *FIGURE, "model.size=64")
     assert code == 0, err
