@@ -49,10 +49,11 @@ def fewmask(*words: str) -> None:
 
 
 def parse_arm(text: str) -> tuple[str, list[str]]:
-    """Return an arm's name and its recipe with settings."""
+    """Return an arm's name and its recipe with settings; a colon after a space or "=" is a setting's."""
     name, colon, rest = text.partition(":")
-    words = shlex.split(rest if colon else text)
-    return (name if colon else words[0]), words
+    named = bool(colon) and not set(name) & set(" =")
+    words = shlex.split(rest if named else text)
+    return (name if named else words[0]), words
 
 
 def parse_weights(text: str) -> tuple[str, str]:
@@ -118,7 +119,7 @@ def follow_script(args: argparse.Namespace, weights: str, fraction: float, seed:
     write_case_csv(out / CASES, rows[args.script_steps])
 
 
-def finished(args: argparse.Namespace, arm: str, fraction: float, cases: str) -> dict[int, list]:
+def finished(args: argparse.Namespace, arm: str, fraction: float, cases: str = CASES) -> dict[int, list]:
     """Return the test rows of every finished run of an arm and a share of the masks, by seed."""
     paths = {seed: args.out / arm / f"{fraction:g}-{seed}" / cases for seed in range(args.seeds)}
     return {seed: read_case_csv(path) for seed, path in paths.items() if path.exists()}
@@ -157,11 +158,14 @@ def compared(args: argparse.Namespace, arms: dict[str, list[str] | None], cases:
 def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     """Return what is finished so far, ready for JSON; "stops" are the means over the script's stops."""
     pretrained = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
+    stops = compared(args, arms, STOPS)
+    for cell in stops["cells"]:
+        del cell["missed"]  # is no mean, but counted after the last step
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,
         "cores": os.cpu_count(), "arms": arms, "finetune": args.finetune, "script_steps": args.script_steps,
         "script_lr": args.script_lr, "script_stops": args.script_stops, "protocol": args.protocol,
-        **compared(args, arms, CASES), "stops": compared(args, arms, STOPS),
+        **compared(args, arms, CASES), "stops": stops,
         "pretraining": {name: read_json(path) for name, path in pretrained.items() if path.exists()},
     }  # fmt: skip
 
@@ -186,6 +190,21 @@ def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> Non
     write_json(path, {**known, "arms": {**known["arms"], **arms}})
 
 
+def check(args: argparse.Namespace, names: list[str]) -> None:
+    """End with a sentence where two arms have one name, or where options of the script do not go together."""
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SystemExit(f"Two arms are called {', '.join(twice)} ('{CONTROL}' is the control): put NAME: before one.")
+    if args.script_steps:
+        if not 0 < args.script_stops <= math.ceil(args.script_steps / BETWEEN):
+            raise SystemExit(
+                f"--script-stops {args.script_stops}: of {args.script_steps} steps every {BETWEEN}th is one."
+            )
+        if args.finetune:
+            raise SystemExit("--finetune is for `fewmask finetune`: leave it or --script-steps out.")
+    elif args.script_stops != 1:
+        raise SystemExit("--script-stops is for the script: give --script-steps too.")
+
+
 def main() -> None:
     """Run the arms one after another and write table.json after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,6 +219,8 @@ def main() -> None:
     parser.add_argument("--script-lr", type=float, default=1e-3, help="the script's constant learning rate")
     parser.add_argument("--finetune", nargs="*", default=[], help="further settings of the fine-tuning")
     args = parser.parse_args()
+    named = [*map(parse_weights, args.weights), *map(parse_arm, args.arm)]
+    check(args, [CONTROL, *(name for name, _ in named)])
     given = dict(map(parse_weights, args.weights))
     pretrained = dict(map(parse_arm, args.arm))
     arms: dict[str, list[str] | None] = {CONTROL: None, **pretrained, **{k: [f"weights={v}"] for k, v in given.items()}}

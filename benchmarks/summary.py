@@ -118,7 +118,9 @@ def continued() -> list[str]:
             found.get("protocol", "ISIC-2017") != "ISIC-2017",
         ),
     ):
-        without = {cell["fraction"]: cell["dice"]["mean"] for cell in found["cells"] if cell["arm"] == "none"}
+        controls = [cell for cell in found["cells"] if cell["arm"] == "none"]
+        without = {cell["fraction"]: cell["dice"]["mean"] for cell in controls}
+        seeds = {cell["fraction"]: len(cell["dice"]["per_seed"]) for cell in controls}
         for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
             if cell["arm"] not in CONTINUED or (remark(found, cell) and key(found, cell) in anew):
                 continue
@@ -128,6 +130,10 @@ def continued() -> list[str]:
             if said := remark(found, cell):
                 arm += f" ({said})"
             (paired,) = (d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], share))
+            if not len(paired["seeds"]) == len(cell["dice"]["per_seed"]) == seeds[share]:
+                raise SystemExit(
+                    f"{cell['arm']} at {share:g}: not of the same seeds as the control; finish both first."
+                )
             gained = f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
             length = "plain script" if found.get("script_steps") else "fewmask"
             told = [

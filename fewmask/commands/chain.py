@@ -200,7 +200,7 @@ def time_for(folder: Run, data: Prepared, share: float = 1.0) -> float | None:
 
 
 def deliver(folder: Run, data: Prepared) -> None:
-    """Evaluate, export, and set student beside teacher; each only when its result is not there yet."""
+    """Evaluate and export, each only when its result is not there yet, and set student beside teacher."""
     distilled = (folder.folder / "distill" / "stage.json").exists()
     for stage in ["finetune", None] if distilled else [None]:
         score(folder, data, stage)

@@ -15,7 +15,7 @@ from fewmask.commands.chain import LEAST_AGREEMENT, settled, suited, with_instea
 from fewmask.commands.stages import objective_for
 from fewmask.config import load_recipe
 from fewmask.models import load_model
-from fewmask.pretrain.figure import FigureRule, find_figure
+from fewmask.pretrain.figure import find_figure
 from fewmask.types import UserError
 from tests.commands.conftest import TINY
 
@@ -147,7 +147,7 @@ def test_agreement_is_the_mean_dice_over_the_masks_that_mark_something():
     objective = objective_for("pretrain", load_recipe("run", FIGURE), "none")
     half = [thing & (np.arange(SIDE) < 36 + i) for i, thing in enumerate(THINGS)]
     data = prepared([*THINGS, *NOTHING[:1], *THINGS[:1]], [*half, *THINGS[:1], *NOTHING[:1]]).dataset
-    figures, told = find_figure(torch.from_numpy(data.images).permute(0, 3, 1, 2), FigureRule(0.01, 0.25, 0.5))
+    figures, told = find_figure(torch.from_numpy(data.images).permute(0, 3, 1, 2), objective.figure_views.rule)
     assert told.tolist() == [True] * 4 + [False, True]
     cover = F.interpolate(figures.float(), (SIDE, SIDE), mode="bilinear")[:, 0].numpy() >= 0.5
     each = [2 * (h & c).sum() / (h.sum() + c.sum()) for h, c in zip(half, cover, strict=False)]
