@@ -140,7 +140,7 @@ def suited(recipe: Recipe, data: Prepared, objective: Objective) -> Recipe:
     """Return the recipe, pre-training by its `instead` where figures are not what the masks mark, or hardly found.
 
     Our choice: at most 200 of the training masks are looked at, and a mean Dice of 0.6 is asked for, which lesions in
-    two sets have (0.7, 0.8) and lungs in X-rays do not (0.4); of at most 200 of the images to pre-train on, twice the
+    two sets have (0.7, 0.8) and lungs in X-rays do not (0.3); of at most 200 of the images to pre-train on, twice the
     share must have a figure that the training asks of all of them, so that it does not end in the middle.
     """
     section = recipe.stage("pretrain")
