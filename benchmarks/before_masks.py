@@ -11,7 +11,6 @@ from the packaged weights. Dice is at the masks' own size, intervals over patien
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,18 +29,16 @@ from fewmask.evaluate.results import Row
 from fewmask.evaluate.score import compare, score_cases, summarise
 from fewmask.models import Segmenter, build_encoder, build_segmenter
 from fewmask.models.weights import load_decoder
-from fewmask.pretrain.figure import Figure, FigureRule, find_figure
+from fewmask.pretrain.figure_rule import FigureRule, find_figure
 from fewmask.types import Case
 
-UNLESS_TOLD = inspect.signature(Figure).parameters
-RULE = FigureRule(*(UNLESS_TOLD[name].default for name in FigureRule._fields))
 ENCODER = "efficientnet_lite0"
 
 
 def figure_of(image: np.ndarray) -> np.ndarray:
     """Return the figure of a picture uint8 (h, w, 3) as float32 (h, w), empty where there is none."""
     small = torch.from_numpy(resize_image(image, cache_size(SIZE))).permute(2, 0, 1)[None]
-    figure, told = find_figure(small, RULE)
+    figure, told = find_figure(small, FigureRule())
     cover = F.interpolate((figure & told.view(-1, 1, 1, 1)).float(), image.shape[:2], mode="bilinear")
     return cover[0, 0].numpy()
 
@@ -89,7 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--manifest", default="manifest.csv")
-    parser.add_argument("--split", default="all", help="train, val, or all where none is set aside for tests")
+    parser.add_argument(
+        "--split", default="all", help="train or val; all reads test images too, for data that nothing is tested on"
+    )
     parser.add_argument("--num", type=int, default=0, help="so many of the images, 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", action="append", default=[], metavar="NAME:FILE")

@@ -18,6 +18,7 @@ last five of every twentieth step too, and compares the means.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -54,6 +55,11 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     named = bool(colon) and not set(name) & set(" =")
     words = shlex.split(rest if named else text)
     return (name if named else words[0]), words
+
+
+def described(path: str) -> list[str]:
+    """Return a file of weights by its name and content, as an arm's words: other content is another arm."""
+    return [f"weights={Path(path).name}", f"sha256={hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"]
 
 
 def parse_weights(text: str) -> tuple[str, str]:
@@ -170,14 +176,17 @@ def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     }  # fmt: skip
 
 
-def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> None:
-    """Write down how the arms of a folder are made, and end where one was made otherwise: its cells would be mixed."""
+def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict[str, list[str] | None]:
+    """Write down how the arms of a folder are made, and return all of them, those of calls before too.
+
+    It ends where one was made otherwise: its cells would be mixed.
+    """
     path = args.out / "plan.json"
     if not path.exists() and (any(args.out.glob("*-pretrain")) or any(args.out.glob("*/*/cases_test.csv"))):
         raise SystemExit(f"{args.out} holds runs and does not say how they were made: name another --out.")
     names = (
         "data", "manifest", "unlabelled", "threads", "pretrain_time", "finetune_time", "script_steps", "script_lr",
-        "script_stops", "finetune",
+        "script_stops", "finetune", "protocol",
     )  # fmt: skip
     asked = {name: json.loads(json.dumps(getattr(args, name), default=str)) for name in names}
     known = read_json(path) if path.exists() else {**asked, "arms": {}}
@@ -187,7 +196,9 @@ def remember(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> Non
     if changed:
         raise SystemExit(f"{args.out} was begun otherwise ({', '.join(changed)} differ): name another --out.")
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**known, "arms": {**known["arms"], **arms}})
+    every = {**known["arms"], **arms}
+    write_json(path, {**known, "arms": every})
+    return every
 
 
 def check(args: argparse.Namespace, names: list[str]) -> None:
@@ -223,16 +234,16 @@ def main() -> None:
     check(args, [CONTROL, *(name for name, _ in named)])
     given = dict(map(parse_weights, args.weights))
     pretrained = dict(map(parse_arm, args.arm))
-    arms: dict[str, list[str] | None] = {CONTROL: None, **pretrained, **{k: [f"weights={v}"] for k, v in given.items()}}
-    remember(args, arms)
+    arms: dict[str, list[str] | None] = {CONTROL: None, **pretrained, **{k: described(v) for k, v in given.items()}}
+    every = remember(args, arms)
     made = {name: str(pretrain(args, name, words)) for name, words in pretrained.items()}
     weights = {CONTROL: "packaged", **made, **given}
     for seed in range(args.seeds):
         for fraction in args.fractions:
             for name in arms:
                 finetune(args, name, weights[name], fraction, seed)
-                write_json(args.out / "table.json", table(args, arms))
-    for cell in table(args, arms)["cells"]:
+                write_json(args.out / "table.json", table(args, every))
+    for cell in table(args, every)["cells"]:
         print(f"{cell['arm']} {cell['fraction']:g}: Dice {cell['dice']['mean']:.4f}, {cell['dice']['per_seed']}")
 
 

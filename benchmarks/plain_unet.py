@@ -141,7 +141,9 @@ def main() -> None:
     parser.add_argument("--first", choices=("plain", "ours"), default="plain")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--setting", action="append", default=[], help="a fewmask setting, key=value")
+    parser.add_argument(
+        "--setting", action="append", default=[], help="a fewmask setting, key=value; name another --out"
+    )
     args = parser.parse_args()
     from fewmask.deploy.torch_predictor import TorchPredictor
 
@@ -165,7 +167,7 @@ def main() -> None:
         "torch": torch.__version__,
         "minutes": args.minutes,
         "fraction": args.fraction,
-        "num_train": len(split["train"]),
+        "num_train": len(label_subset(split["train"], args.fraction, args.seed)),
         "num_test": len(split["test"]),
         "sides": sides,
         "difference": compare(rows["ours"], rows["plain"]),

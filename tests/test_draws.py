@@ -22,7 +22,8 @@ from fewmask.models import build_encoder, build_segmenter
 from fewmask.models.drop_path import SharedDropPath
 from fewmask.pretrain.crops import SSL_COLOUR, CropViews, MultiCropViews
 from fewmask.pretrain.exterior_conversion import ConvertedViews, ExteriorConversion
-from fewmask.pretrain.figure import FigureRule, FigureViews
+from fewmask.pretrain.figure import FigureViews
+from fewmask.pretrain.figure_rule import FigureRule
 from fewmask.pretrain.structure import build_masking
 from fewmask.types import Batch, Share, Views
 

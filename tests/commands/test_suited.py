@@ -15,7 +15,7 @@ from fewmask.commands.chain import LEAST_AGREEMENT, settled, suited, with_instea
 from fewmask.commands.stages import objective_for
 from fewmask.config import load_recipe
 from fewmask.models import load_model
-from fewmask.pretrain.figure import find_figure
+from fewmask.pretrain.figure_rule import find_figure
 from fewmask.types import UserError
 from tests.commands.conftest import TINY
 

@@ -1,4 +1,4 @@
-"""Small batches for the pre-training methods: raw as a loader yields them."""
+"""Small batches for the pre-training methods, raw as a loader yields them, and pictures of discs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from fewmask.types import Batch
 
 SIZE = 64
+SIDE = 96  # of the pictures of discs
+EMPTY = torch.zeros(SIDE, SIDE, dtype=torch.bool)
 SMALL = {"num_prototypes": 12, "projector_hidden": 16, "projector_bottleneck": 8}
 
 
@@ -34,3 +36,15 @@ def set_apart(subject) -> None:
     for parameter in subject.teacher.parameters():
         parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
     subject.centre.value.normal_(std=0.1)
+
+
+def disc(middle=(48, 48), radius=24.0) -> torch.Tensor:
+    """Return where a disc of pixels is: bool (SIDE, SIDE)."""
+    place = torch.arange(SIDE) + 0.5
+    return (place[:, None] - middle[0]).square() + (place - middle[1]).square() < radius**2
+
+
+def painted(inside: torch.Tensor, figure=(90, 40, 30), ground=(220, 180, 170)) -> torch.Tensor:
+    """Return pictures uint8 (1, 3, SIDE, SIDE) of two colours."""
+    colours = torch.tensor([ground, figure], dtype=torch.uint8)
+    return colours[inside.long()].permute(2, 0, 1)[None]
