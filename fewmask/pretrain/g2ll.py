@@ -164,7 +164,7 @@ def stack_pair(batch: Batch) -> Batch:
         raise UserError("G2LL compares two views of each image, and this batch has one: pass it through its views.")
     extra = {"superpixels": torch.cat([batch.extra["superpixels"]] * 2)} if "superpixels" in batch.extra else {}
     image = torch.cat([batch.image, batch.extra["second"]])
-    return replace(batch, image=image, names=batch.names * 2, mask=None, label=None, extra=extra)
+    return replace(batch, image=image, names=[], mask=None, label=None, extra=extra)
 
 
 def check_weights(reconstruction: float, distillation: float) -> None:

@@ -13,8 +13,9 @@ class Projector(nn.Module):
     """A 3-layer MLP, then cosine similarities to learnt prototypes.
 
     Paper (G2LL): P is a 3-layer MLP, its output as wide as DINO's. Code (DINO): hidden 2048, GELU, bottleneck 256,
-    L2 normalisation, a weight-normed last layer whose norms stay one, truncated normal initialisation (std 0.02), and
-    65,536 prototypes for 1.2 M images; here their number is a parameter, as small sets cannot fill that many.
+    L2 normalisation, a weight-normed last layer whose norms stay one, truncated normal initialisation (std 0.02; the
+    last layer's directions begin as torch's Linear does), and 65,536 prototypes for 1.2 M images; here their number is
+    a parameter, as small sets cannot fill that many.
     Ours: the last layer's weights are normalised when they are used, so the state is plain tensors.
 
     `freeze_last`: until this share of the training the last layer gets no gradient (DINO: one epoch of 100); a share
@@ -36,7 +37,8 @@ class Projector(nn.Module):
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
-        nn.init.normal_(self.prototypes)
+        # As short as torch's Linear makes them: the longer a row, the less a step of Adam turns it.
+        nn.init.uniform_(self.prototypes, -(bottleneck**-0.5), bottleneck**-0.5)
         self.freeze_last = freeze_last
         # A buffer: the first step after a resume must know it.
         self.register_buffer("gate", torch.tensor(0.0 if freeze_last else 1.0))

@@ -32,3 +32,22 @@ def test_a_traced_step_is_the_same_step(method, world):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7, msg=name)
             learnt += 1
     assert learnt > 10
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("method", ["mae", "simmim", "g2ll", "tedmae", "dino", "figure"])
+def test_later_steps_are_traced_no_more(method, world):
+    """Each has other images, other names and, where processes share them, other places in the batch of all."""
+    torch.compiler.reset()
+    subject = objective_of(method)
+    traced = torch.compile(subject, backend="eager", fullgraph=True)
+    names = set()
+    for step in range(4):
+        batch = Pictures().batch(step, 0, world)
+        share = batch.share
+        with drawing_for(share), torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
+            batch = subject.views()(batch)
+            traced(batch)["loss"].backward()
+        names |= {tuple(batch.names)}
+        subject.after_step(0.1)
+    assert len(names) > 1

@@ -90,6 +90,24 @@ def test_scores_are_cosines_to_prototypes_whatever_their_length():
     torch.testing.assert_close(projector(feature), expected)
 
 
+def test_the_last_layer_turns_as_that_of_dino_does():
+    """Theirs is torch's Linear under weight_norm, its norms held at one: so long are the rows that Adam turns."""
+    torch.manual_seed(0)
+    projector = Projector(5, 300, hidden=16, bottleneck=64)
+    linear = torch.nn.Linear(64, 300, bias=False)
+    for reads in (torch.Tensor.mean, torch.Tensor.std):
+        assert reads(projector.prototypes.norm(dim=1)) == pytest.approx(float(reads(linear.weight.norm(dim=1))), rel=0.1)
+    theirs = torch.nn.utils.parametrizations.weight_norm(linear)
+    norms, directions = theirs.parametrizations.weight.original0, theirs.parametrizations.weight.original1
+    with torch.no_grad():
+        norms.fill_(1)
+        directions.copy_(projector.prototypes)
+    feature = torch.randn(8, 5)
+    for scores in (projector(feature), theirs(projector.embed(feature))):
+        torch.nn.functional.cross_entropy(scores, torch.arange(8)).backward()
+    torch.testing.assert_close(projector.prototypes.grad, directions.grad)
+
+
 def test_the_last_layer_waits_for_its_time_and_the_wait_survives_a_resume():
     projector, feature = Projector(5, 7, hidden=16, bottleneck=4, freeze_last=0.1), torch.randn(3, 5)
 
