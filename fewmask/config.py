@@ -51,7 +51,8 @@ class RunSection(Section):
     """Where and for how long the run works.
 
     `clock` "cpu" counts a stage's time in processor seconds, of all threads together: for comparisons on a machine that
-    has other work, where the wall clock would favour whoever ran alone.
+    has other work, where the wall clock would favour whoever ran alone. With `compile` the first step of a process,
+    which is traced for minutes, is not counted in `time`.
     """
 
     out: Path | None = None
@@ -238,11 +239,13 @@ def load_recipe(
 ) -> Recipe:
     """Return the recipe of a file or a shipped name with `key=value` overrides.
 
-    With `stage`, `method.KEY=...` is short for `STAGE.method.KEY=...`. `given` holds dotted keys set by other command
+    With `stage`, `method.KEY=...` is short for `STAGE.method.KEY=...`. Another method's name leaves out what the recipe
+    sets of its own method. `given` holds dotted keys set by other command
     line options. Raises a UserError that names the key and lists the valid ones.
     """
     values = _read(name)
-    for key, value in [*(given or {}).items(), *map(_parse_override, overrides)]:
+    wanted = [*(given or {}).items(), *map(_parse_override, overrides)]
+    for key, value in sorted(wanted, key=lambda setting: not setting[0].endswith(("method", "method.name"))):
         full = f"{stage}.{key}" if stage and key.split(".")[0] == "method" else key
         _set(values, full, value)
     try:
@@ -289,6 +292,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UserError(f"Setting '{key}' goes below '{parent}', which is a value and not a section.")
+    if last == "name" and parents[-1:] == ["method"] and values.get("name", value) != value:
+        values.clear()  # what another method takes
     values[last] = value
 
 

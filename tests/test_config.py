@@ -34,6 +34,13 @@ def test_method_is_short_for_the_stage(tmp_path):
     assert recipe.pretrain.method == {"name": "mae", "mask_ratio": 0.6}
 
 
+@pytest.mark.parametrize("name", ["method=rotation", "method.name=rotation"])
+def test_another_method_does_not_take_the_settings_of_the_recipes_own(name):
+    recipe = load_recipe("mae", ["method.crop_scale=[0.5,1.0]", name], stage="pretrain")
+    assert recipe.pretrain.method == {"name": "rotation", "crop_scale": [0.5, 1.0]}
+    assert load_recipe("mae", ["method.name=mae"], stage="pretrain").pretrain.method["mask_ratio"] == 0.75
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -28,6 +28,7 @@ class Contrastive(AuxiliaryTask):
 
     name = "contrastive"
     property_ = "instance"
+    min_batch = 2
 
     def __init__(
         self,
@@ -56,8 +57,8 @@ class Contrastive(AuxiliaryTask):
         """Return "loss" and "accuracy", the share of views whose nearest other view is that of the same image."""
         if len(batch.image) < 2:
             raise UserError(
-                "The task 'contrastive' compares images, and got a batch of one: raise the batch size so that it has "
-                "at least two."
+                "The task 'contrastive' compares images, and got a batch of one: raise the batch size to at "
+                "least two for each process."
             )
         features = global_feature(trunk, torch.cat([batch.image, batch.extra["second"]]))
         similarity, partner = similarities(self.projector(features), self.temperature)

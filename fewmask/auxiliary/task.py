@@ -25,7 +25,8 @@ class AuxiliaryTask(nn.Module, ABC):
     `name` is the key of the table. `property_` says what the task teaches: "orientation" (which way up), "context"
     (where parts belong), "instance" (what makes an image itself, whatever its crop and colour), "appearance"
     (intensity and texture) or "geometry" (shape and place of the labelled object). A task with `needs_masks` learns
-    from labelled images only. `conflicts` are the kinds of augmentation that would spoil its target.
+    from labelled images only; one that compares images needs `min_batch` of them at once. `conflicts` are the kinds of
+    augmentation that would spoil its target.
 
     A subclass's constructor takes the encoder, of which it reads widths and strides only, the side of its views in
     pixels, and settings. Raises UserError for an augmentation in `conflicts`, or a crop that cannot be.
@@ -34,6 +35,7 @@ class AuxiliaryTask(nn.Module, ABC):
     name: ClassVar[str]
     property_: ClassVar[Property]
     needs_masks: ClassVar[bool] = False
+    min_batch: ClassVar[int] = 1
     conflicts: ClassVar[frozenset[Kind]] = frozenset()
 
     def __init__(self, size: int, augment: Iterable[Kind], crop_scale: tuple[float, float]) -> None:

@@ -143,6 +143,11 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
     if masked and all(use.values()):
         if split == "all":
             raise UserError("--split all would score images this run was trained on; choose test or val.")
+        if split == "test" and facts.get("test_images_seen"):
+            Progress("evaluate").close(
+                f"{facts['test_images_seen']} of the test images were seen before, without their masks, by the model "
+                "that this run began with"
+            )
         return _chosen([case for case in masked if use[case.name] == USE_OF[split]], data, split), split
     fresh = [case for case in masked if use[case.name] in (None, USE_OF["test"])]
     if len(fresh) < len(masked):

@@ -70,11 +70,11 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     uses = _uses(cases, chosen, copies)
     write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])
     models = [model for model in given_models(recipe) if run_of(model) != run.folder]
-    learnt, sentences = learnt_before(models, [case for case in cases if case.split == "test"])
-    for sentence in sentences:
+    before = learnt_before(models, [case for case in cases if case.split == "test"])
+    for sentence in before.sentences:
         Progress("check").close(sentence)
-    run.record_data({**facts, "given": sentences})
-    _remember(run.folder, cases, uses, learnt)
+    run.record_data({**facts, "given": before.sentences, "test_images_seen": len(before.seen)})
+    _remember(run.folder, cases, uses, before.learnt)
     kept = [case for case in cases if case.split != "test"]
     dataset = cached(kept, recipe)
     index = {case.name: number for number, case in enumerate(kept)}

@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from fewmask.config import Recipe
 from fewmask.data.contents import content_hashes
@@ -32,19 +33,28 @@ def given_models(recipe: Recipe) -> list[Path]:
     return [path for path in dict.fromkeys([*weights, *teachers]) if path.exists()]
 
 
-def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> tuple[set[str], list[str]]:
-    """Return the content of the images whose masks the models have learnt from, and a sentence for each model.
+class Before(NamedTuple):
+    """What given models knew before: the content of images whose masks they learnt from, and a sentence for each model.
 
-    Known are those of models that lie in their run folder. Raises a UserError where a test image is among them, by
-    content or by public identifier. Test images that a model saw without their masks are told in its sentence.
+    `seen` are the names of the test images that one of them saw without their masks.
+    """
+
+    learnt: set[str]
+    sentences: list[str]
+    seen: set[str]
+
+
+def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> Before:
+    """Return what the models have learnt from, as far as they lie in their run folder.
+
+    Raises a UserError where they have learnt from the mask of a test image, by content or by public identifier.
     """
     hashes = {value: case.name for case, value in zip(tests, _contents(tests), strict=True)}
-    learnt: set[str] = set()
-    sentences = []
+    before = Before(set(), [], set())
     for model, name in zip(models, short_names(models), strict=True):
         run = run_of(model)
         if run is None:
-            sentences.append(f"Model {name}: given, and what it has learnt from is not recorded beside it.")
+            before.sentences.append(f"Model {name}: given, and what it has learnt from is not recorded beside it.")
             continue
         theirs, met = _met(run, MASKS, hashes, tests)
         if met:
@@ -52,13 +62,14 @@ def learnt_before(models: Sequence[Path], tests: Sequence[Case]) -> tuple[set[st
                 f"{model} has learnt from {len(met)} of the test images, such as {min(met)}; give a model that was "
                 "trained with the same split."
             )
-        learnt |= theirs
+        before.learnt.update(theirs)
         _, seen = _met(run, PICTURES, hashes, tests)
-        without = f"; it saw {len(seen)} of these without their masks" if seen else ""
+        before.seen.update(seen)
+        without = f", but it saw {len(seen)} of the test images without their masks" if seen else ""
         segments = any((run / stage).is_dir() for stage in ("finetune", "distill"))
         how = "and trained on" if segments or not (run / "pretrain").is_dir() else "pre-trained on images with"
-        sentences.append(f"Model {name}: given, {how} {len(theirs)} masks, none of a test image{without}.")
-    return learnt, sentences
+        before.sentences.append(f"Model {name}: given, {how} {len(theirs)} masks, none of a test image{without}.")
+    return before
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -138,7 +138,7 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
             f"{order.data} names no image with a mask for {' and '.join(missing)}; every run of a table must be scored "
             "on the same images, so fill the manifest's column 'split', or give another --manifest."
         )
-    learnt, remarks = learnt_before(order.all_teachers, [case for case in masked if case.split == "test"])
+    learnt, remarks, _ = learnt_before(order.all_teachers, [case for case in masked if case.split == "test"])
     learnt |= learnt_ids(order.all_teachers)
     to_score: list[Case] = []
     facts: dict[str, Any] = {}

@@ -65,7 +65,7 @@ def with_precision(recipe: Recipe) -> Recipe:
 
 
 def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = None) -> Path:
-    """Train on every image that is no test image nor a copy of one; return the path of the weights."""
+    """Train on what is neither for validation nor a test image, its copy or its patient; return the weights' path."""
     section, stage = recipe.stage("pretrain"), Stage(run, "pretrain", budget, recipe.run.clock)
     path = stage.folder / "model.safetensors"
     if stage.done:
@@ -79,6 +79,11 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
         raise UserError(
             f"The method '{section.method['name']}' compares the images of a batch, and pretrain.batch_size is "
             f"{section.batch_size}: set it to {objective.min_batch} or more."
+        )
+    if len(body) < objective.min_batch:
+        raise UserError(
+            f"The method '{section.method['name']}' compares images, and there is only one to learn from: add images, "
+            "or take a method that looks at each alone, such as 'mae' or 'simmim'."
         )
     maps = {name: _superpixels(data, slic) for name, slic in objective.maps().items()}
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)

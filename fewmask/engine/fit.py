@@ -141,6 +141,7 @@ class Fit:
         if self.accelerator.num_processes > 1:
             synchronise_norms(objective, self.accelerator.device)
         optimiser = build_optimiser(objective, settings)
+        self.tracing = run.compile  # until the first step
         compiled = torch.compile(objective) if run.compile else objective
         self.model, self.optimiser = self.accelerator.prepare(compiled, optimiser)
         self.scaler = self.accelerator.scaler  # of fp16's loss; None in any other precision
@@ -332,6 +333,11 @@ def fit(
             _train(loop, validate, watch)
         finally:
             stage.run.deferring = False
+        if loop.total_steps and not loop.state.step:
+            raise UserError(
+                f"The time of '{stage.name}' was over before its first step, and nothing was learnt: raise run.time, "
+                f"or set {stage.name}.epochs=0 to leave it out."
+            )
         if not loop.state.finished:
             objective.at_end()
             loop.state.finished = True
@@ -359,6 +365,9 @@ def _train(loop: Fit, validate: Validate | None, watch: Watch | None) -> None:
     progress = loop.progress()
     while not state.finished and progress < 1.0:
         terms, waiting = loop.step(progress)
+        if loop.tracing:  # took minutes in which nothing was learnt: the schedule begins after it
+            stage.start_clock()
+            loop.tracing = False
         loop.check_finite()
         num_images = loop.settings.batch_size
         meter.add(terms, num_images, waiting)

@@ -48,10 +48,14 @@ class Stage:
         """Seconds spent on this stage, those of earlier processes included."""
         return self.seconds_before + self.now() - self._started
 
+    def start_clock(self) -> None:
+        """Count the time of this process from now on."""
+        self._started = self.now()
+
     @contextmanager
     def logging(self, tensorboard: bool = False) -> Iterator[None]:
         """Open log.jsonl for appending (and TensorBoard when asked), and start the clock."""
-        self._started = self.now()
+        self.start_clock()
         if not is_main():
             yield
             return

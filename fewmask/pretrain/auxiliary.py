@@ -25,7 +25,7 @@ class Auxiliary(Objective):
     def __init__(self, encoder: Encoder, task: AuxiliaryTask) -> None:
         super().__init__()
         self.encoder, self.task = encoder, task
-        self.needs_masks = task.needs_masks
+        self.needs_masks, self.min_batch = task.needs_masks, task.min_batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and the task's terms."""

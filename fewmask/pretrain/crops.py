@@ -41,7 +41,8 @@ class CropViews:
     """Random resized crop and flips as `PretrainViews`, which also move `extra["superpixels"]`, if it is there.
 
     With `pair`, `extra["second"]` is the same crop under a second draw of the colour augmentation (paper, G2LL: two
-    views by colour; that they show one crop is ours).
+    views by colour; that they show one crop is ours). Ours too: crops are cut from the cached picture, an eighth larger
+    than the network's, so that most are enlarged (at this scale by 1.3 on average); the papers' from the photo.
     """
 
     size: int

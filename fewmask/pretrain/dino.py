@@ -34,7 +34,9 @@ class DINO(Objective):
     pairs. Momentum 0.996 -> 1 by a cosine, tau_t 0.04, tau_s 0.1, centre 0.9, last layer weight-normed and without
     gradient for `freeze_last` of the training (one epoch of 100); the recipe's weight decay rises from 0.04 to 0.4.
     Ours: no local crops by default and 4,096 prototypes where the paper has 8 (of 96 pixels for 224) and 65,536; a
-    constant tau_t (the paper's default too); `vertical_flip`. Code (DINO) judges the teacher; `keep` says which of the
+    constant tau_t, which is the code's default, where the paper's training raises it to 0.07 at first; gradients
+    clipped together at a norm of 3, where the code clips each weight's; `vertical_flip`. For no local crops the code's
+    help recommends `crop_scale` (0.14, 1.0). Code (DINO) judges the teacher; `keep` says which of the
     two is the product. Its learning rate is 0.0005 per 256 images of a batch: at 16 times that, all targets became
     alike within 20 steps (measured, batch 16).
 

@@ -28,6 +28,11 @@ def _of_split(record: Record) -> Iterator[str]:
             f"There is no test split. The {split_name(record.split).lower()} images chose the model, so the figure "
             "flatters it; expect less on new images."
         )
+    elif record.split == "test" and (seen := record.num_test_images_seen):
+        yield (
+            f"The model that this training began with has seen {count(seen)} of the test images, without their masks: "
+            "the figure may flatter it. Pre-train on a folder whose test images are set apart."
+        )
     if record.run.get("status") not in ("done", None):
         yield "The run did not reach its end; a finished one may score differently."
 

@@ -58,6 +58,13 @@ class Record:
         """The split whose figures lead the report: test where there is one."""
         return next(iter(self.metrics), None)
 
+    @property
+    def num_test_images_seen(self) -> int:
+        """How many test images a model that the run began with has seen without their masks."""
+        data = self.run.get("data")
+        seen = data.get("test_images_seen") if isinstance(data, dict) else None
+        return seen if isinstance(seen, int) else 0
+
     def stage(self, name: str) -> Stage | None:
         """Return a stage by its name, or None."""
         return next((s for s in self.stages if s.name == name), None)

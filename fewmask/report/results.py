@@ -137,6 +137,8 @@ def _evaluated(record: Record, split: str) -> str:
     images = counted(metrics.get("num_cases"), f"{split_name(split).lower()} image" if known else "image")
     notes = {"test": " never used in training", "val": ", which also chose the model", "train": " it was trained on"}
     where = notes.get(split, f" of another data set ({split})")
+    if split == "test" and (seen := record.num_test_images_seen):
+        where = f", {count(seen)} of which it saw in pre-training, without their masks"
     missed = number(metrics.get("missed"))
     lost = "" if missed is None else f"; {'none' if missed == 0 else count(missed)} missed entirely"
     return f"{interval if number(dice.get('low')) is not None else ''} on {images}{where}{lost}."

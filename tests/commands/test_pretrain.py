@@ -47,15 +47,28 @@ def test_g2ll_is_given_superpixels_and_its_report_shows_them(drawn, tmp_path, mo
     assert {read_image(path).shape for path in (run / "pretrain" / "preview").iterdir()} == {(32, 4 * 32, 3)}
 
 
-@pytest.mark.parametrize("method", ["g2ll", "tedmae", "dino"])
+@pytest.mark.parametrize("method", ["g2ll", "tedmae", "dino", "mae method=contrastive"])
 def test_a_batch_of_one_is_refused_before_the_superpixels_are_made(method, drawn, tmp_path, monkeypatch, fewmask):
     made = []
     monkeypatch.setattr("fewmask.commands.stages.superpixel_maps", lambda *_, **__: made.append(method))
     words = (f"data.root={drawn}", f"run.out={tmp_path / 'run'}", *SHORT, "pretrain.batch_size=1")
-    code, _, err = fewmask("pretrain", method, *words)
+    code, _, err = fewmask("pretrain", *method.split(), *words)
     assert code == 1
-    assert f"'{method}' compares the images of a batch, and pretrain.batch_size is 1: set it to 2 or more" in err
+    name = method.split("=")[-1]
+    assert f"'{name}' compares the images of a batch, and pretrain.batch_size is 1: set it to 2 or more" in err
     assert made == []
+
+
+@pytest.mark.parametrize("method", ["g2ll", "tedmae", "dino", "mae method=contrastive"])
+def test_what_compares_images_is_refused_a_single_one(method, drawn, tmp_path, fewmask):
+    """Copies of it would fill the batch, and be compared with themselves."""
+    (tmp_path / "one" / "images").mkdir(parents=True)
+    shutil.copy(next((drawn / "images").iterdir()), tmp_path / "one" / "images")
+    words = (f"data.root={tmp_path / 'one'}", f"run.out={tmp_path / 'run'}", *SHORT)
+    code, _, err = fewmask("pretrain", *method.split(), *words)
+    assert code == 1
+    assert "compares images, and there is only one to learn from" in err
+    assert not (tmp_path / "run" / "pretrain" / "model.safetensors").exists()
 
 
 def test_supervised_is_refused_where_all_that_it_trains_on_is_of_one_class(drawn, tmp_path, fewmask):

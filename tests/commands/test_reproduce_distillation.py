@@ -289,11 +289,15 @@ def test_a_test_image_is_known_by_its_public_identifier_too(tmp_path):
     with pytest.raises(UserError, match="learnt from 1 of the test images"):
         learnt_before([tmp_path], [Case("a", image)])
     (tmp_path / "cases.csv").write_text("image,use\nelsewhere/ISIC_0000001.jpg,unlabelled\n")
-    learnt, sentences = learnt_before([tmp_path], [Case("a", image)])
+    learnt, sentences, seen = learnt_before([tmp_path], [Case("a", image)])
     assert learnt == set()
-    assert "and trained on 0 masks, none of a test image; it saw 1 of these without their masks" in sentences[0]
+    assert (
+        "and trained on 0 masks, none of a test image, but it saw 1 of the test images without their masks"
+        in sentences[0]
+    )
+    assert seen == {"a"}
     (tmp_path / "pretrain").mkdir()
-    assert "given, pre-trained on images with 0 masks" in learnt_before([tmp_path], [Case("a", image)])[1][0]
+    assert "given, pre-trained on images with 0 masks" in learnt_before([tmp_path], [Case("a", image)]).sentences[0]
 
 
 def test_what_a_given_teacher_learnt_from_is_not_unseen(finished, split_data, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -200,6 +201,34 @@ def test_a_time_budget_ends_the_training_and_the_schedule(tmp_path, monkeypatch)
     assert facts["steps"] == 21
     assert steps[-1]["progress"] == 1.0
     assert steps[-1]["lr"] < 0.02 * max(line["lr"] for line in steps)
+
+
+def test_what_is_traced_at_first_uses_up_no_time(tmp_path, monkeypatch):
+    stream, steps = Clocked(), []
+
+    def slow_at_first(objective):
+        plain = objective.forward
+
+        def forward(batch):
+            stream.now += 0 if steps else 300
+            steps.append(stream.now)
+            return plain(batch)
+
+        objective.forward = forward
+        return objective
+
+    monkeypatch.setitem(CLOCKS, "wall", lambda: stream.now)
+    monkeypatch.setattr("torch.compile", slow_at_first)
+    train(tmp_path / "traced", epochs=10**6, stream=stream, budget=2.05, every=1e9, compile=True)
+    assert len(steps) == 1 + 21  # as above, and the first
+
+
+def test_no_time_for_a_step_is_told(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setitem(CLOCKS, "wall", lambda: float(next(ticks)))
+    with pytest.raises(UserError, match=r"'pretrain' was over before its first step.*raise run\.time"):
+        train(tmp_path, epochs=10**6, budget=0.5)
+    assert train(tmp_path, epochs=2)[1]["steps"] > 0  # and nothing is in the way of another try
 
 
 class SlowDisk(Clocked):

@@ -163,6 +163,17 @@ def test_what_was_pretrained_alone_is_told_with_its_method_as_it_is_written(
     assert told in page_of(run).all("h1")[0].text
 
 
+def test_test_images_that_were_seen_before_are_told_where_the_figure_is(make_run: MakeRun) -> None:
+    run = make_run()
+    record = json.loads((run / "run.json").read_text())
+    record["data"] = {**(record.get("data") or {}), "test_images_seen": 7}
+    (run / "run.json").write_text(json.dumps(record))
+    page = page_of(run)
+    assert "on 90 test images, 7 of which it saw in pre-training, without their masks;" in page.all("h1")[0].text
+    assert "has seen 7 of the test images, without their masks: the figure may flatter it" in page.text
+    assert "never used in training" not in page.text
+
+
 def test_without_a_test_split_the_page_says_what_its_figure_is_worth(make_run: MakeRun) -> None:
     page = page_of(make_run(splits=("val",)))
     assert "90 validation images, which also chose the model" in page.all("h1")[0].text
