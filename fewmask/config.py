@@ -65,10 +65,10 @@ class RunSection(Section):
     compile: bool = False
     tensorboard: bool = False
 
-    @field_validator("time")
+    @field_validator("time", mode="before")
     @classmethod
-    def _readable(cls, value: str) -> str:
-        parse_time(value)
+    def _readable(cls, value: Any) -> Any:
+        parse_time(str(value))
         return value
 
 
@@ -308,6 +308,8 @@ def _explain(error: ValidationError) -> str:
         return f"Unknown setting '{where}'.{hint} Valid ones{' in ' + section if section else ''}: {', '.join(valid)}."
     if first["type"] == "missing":
         return f"Setting '{where}' is missing; add {where}.name=... to choose the method."
+    if first["type"] == "list_type":
+        return f"Setting '{where}' takes a list: write '{where}=[\"{first['input']}\"]', with the quotation marks."
     message = first["msg"].removeprefix("Value error, ").lower().replace("{where}", where)
     return f"Setting '{where}' cannot be {first['input']!r}: {message}."
 

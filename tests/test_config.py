@@ -53,6 +53,8 @@ def test_another_method_does_not_take_the_settings_of_the_recipes_own(name):
         ("finetune.epochs=-1", "Setting 'finetune.epochs' cannot be -1"),
         ("run.time=soon", "a time is written like 15m"),
         ("run.time=0s", "above zero"),
+        ("run.time=20", "a time is written like 15m"),
+        ("data.unlabelled=more", """takes a list: write 'data.unlabelled=["more"]'"""),
         ("data.label_fraction=0", "Setting 'data.label_fraction' cannot be 0"),
         ("data.label_fraction=1.5", "cannot be 1.5"),
         ("run.device=gpu", "cannot be 'gpu'"),

@@ -162,7 +162,8 @@ def check_same_teachers(stage: Stage, files: Sequence[Path]) -> list[str]:
     begun = any((stage.folder / "checkpoints").glob("step_*"))
     if begun and path.exists() and read_json(path) != digests:
         raise UserError(
-            f"The teachers of {stage.folder} changed since its training began; put them back, or use another --out."
+            f"The teachers of {stage.folder} changed since its training began; put them back, or use another "
+            "output folder."
         )
     if is_main():
         write_json(path, digests)

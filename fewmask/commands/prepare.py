@@ -19,6 +19,7 @@ from fewmask.data.manifest import load_cases, write_cases
 from fewmask.data.splits import TooFewMasksError, assign_splits, follow_given, hold_out_fold, label_subset
 from fewmask.engine.run import Run, read_json, write_json
 from fewmask.engine.stage import Progress
+from fewmask.report.wording import counted
 from fewmask.types import Case, UserError
 
 
@@ -66,6 +67,8 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
             f"No training image has a mask: the manifest puts all {facts['num_masks']} masks into val and test. Put "
             "some into train, or empty its column 'split'."
         )
+    if len(chosen) < len(trainable):
+        Progress("check").close(f"{len(chosen)} of {len(trainable)} training masks are used, by data.label_fraction")
     copies = copies_of_test(cases, linked)
     uses = _uses(cases, chosen, copies)
     write_cases(run.folder / "cases.csv", [(case, uses[case.name]) for case in cases])
@@ -136,7 +139,9 @@ def audited(
         result.warnings += few
         remembered = path  # who needs masks may not take this answer for theirs
     found = {**json.loads(json.dumps(result.to_json())), "fingerprint": print_}
-    line.close(f"{len(cases)} images, {len(result.errors)} errors, {len(result.warnings)} warnings")
+    named = {"image": cases, "error": result.errors, "warning": result.warnings}
+    told = f" ({', '.join(finding.code for finding in result.warnings)})" if result.warnings else ""
+    line.close(", ".join(counted(len(things), name) for name, things in named.items()) + told)
     if result.errors:
         write_json(path.with_name("audit-failed.json"), found)
         listed = "\n  ".join(finding.message for finding in result.errors[:20])

@@ -132,6 +132,8 @@ def body_for(objective: Objective, data: Prepared) -> list[int]:
             "The images to pre-train on are all of one class by the manifest's column 'label', so that there is "
             "nothing to tell apart: label those of others too, or choose a method that needs no labels."
         )
+    if len(body) < len(data.body):
+        Progress("pretrain").close(f"{len(data.body) - len(body)} images without a class label are left out")
     return body
 
 

@@ -23,7 +23,7 @@ def find_segmenter(run: Path, stage: str | None = None) -> Path:
     has none yet. Raises UserError where there is none.
     """
     if not run.is_dir():
-        raise UserError(f"There is no run folder {run}; give the folder named by --out when the run was started.")
+        raise UserError(f"There is no run folder {run}; give the output folder of a run.")
     for name in [stage] if stage else STAGES:
         path = run / name / "model.safetensors"
         if path.is_file():
@@ -31,7 +31,13 @@ def find_segmenter(run: Path, stage: str | None = None) -> Path:
     pretrained = run / "pretrain" / "model.safetensors"
     if stage is None and pretrained.is_file() and _pretrains_segmenter(run):
         return pretrained
-    raise UserError(f"{run} has no segmenter yet (no finetune/model.safetensors); finish 'fewmask run' first.")
+    verb = (_read(run / "run.json") or {}).get("verb", "run")
+    if verb == "pretrain" and pretrained.is_file():
+        raise UserError(
+            f"{run} holds an encoder alone, which segments nothing yet: fine-tune it in another folder, with "
+            f"'fewmask finetune' and model.weights={run}."
+        )
+    raise UserError(f"{run} has no segmenter yet: finish 'fewmask {verb}' first, by the same command again.")
 
 
 def _pretrains_segmenter(run: Path) -> bool:

@@ -217,7 +217,7 @@ class Fit:
             if not torch.isfinite(loss):
                 raise UserError(
                     f"The loss became {float(loss)} at step {step} with the images {', '.join(names)}; look at them, "
-                    f"or lower {self.rate} and use another --out. The last checkpoint in {self.stage.folder} "
+                    f"or lower {self.rate} and use another output folder. The last checkpoint in {self.stage.folder} "
                     "is sound."
                 )
 
@@ -227,7 +227,7 @@ class Fit:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.objective.parameters()):
             raise UserError(
                 f"The weights became infinite before step {self.state.step}; lower {self.rate} and use "
-                f"another --out. The last checkpoint in {self.stage.folder} is sound."
+                f"another output folder. The last checkpoint in {self.stage.folder} is sound."
             )
         self.state.seconds = began = self.stage.elapsed
         if is_main():
@@ -267,6 +267,8 @@ class Fit:
             self.stage.budget += self.state.seconds
         self._restore_best()
         self.stage.log("resume", step=self.state.step, seconds=self.state.seconds)
+        if not self.state.finished:
+            Progress(self.stage.name).close(f"goes on from step {self.state.step}")
 
     def _restore_best(self) -> None:
         if self.state.best_step < 0:

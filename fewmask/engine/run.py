@@ -64,7 +64,9 @@ def write_json(path: Path, value: Any) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"Cannot write {path}: {error.strerror}; free some space or choose another --out.") from None
+        raise UserError(
+            f"Cannot write {path}: {error.strerror}; free some space or choose another output folder."
+        ) from None
 
 
 def read_json(path: Path) -> Any:
@@ -72,7 +74,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); put back a copy, or use another --out.") from None
+        raise UserError(f"{path} cannot be read ({error}); put back a copy, or use another output folder.") from None
 
 
 def versions() -> dict[str, str]:
@@ -115,6 +117,7 @@ class Run:
         self._lock: int | None = None
 
     def __enter__(self) -> Run:
+        self._check_place()
         self._claim()
         try:
             old, begun = self._old(), self._begun()
@@ -163,7 +166,7 @@ class Run:
         if old and old["fingerprint"] != facts["fingerprint"]:
             raise UserError(
                 f"The data changed since {self.folder} was started ({old['num_cases']} cases then, "
-                f"{facts['num_cases']} now, or other contents); use another --out, or put the data back to resume."
+                f"{facts['num_cases']} now, or other contents); use another output folder, or put the data back."
             )
 
     def record_data(self, facts: dict[str, Any]) -> None:
@@ -215,9 +218,14 @@ class Run:
             changed = [key for key in keys if key not in free and then.get(key) != now.get(key)]
             if changed:
                 key = changed[0]
+                if (before := old.get("verb")) == "pretrain" and self.verb in ("finetune", "distill"):
+                    raise UserError(
+                        f"{self.folder} holds what 'fewmask {before}' left: give '{self.verb}' an output folder of its "
+                        f"own, and model.weights={self.folder} to begin with what was learnt there."
+                    )
                 raise UserError(
                     f"{self.folder} holds a run with {name}.{key}={then.get(key)}, and you asked for {now.get(key)}; "
-                    "use the same settings to resume it, or another --out."
+                    "use the same settings to resume it, or another output folder."
                 )
 
     def _is_ahead(self, section: str, begun: set[str]) -> bool:
@@ -230,12 +238,25 @@ class Run:
             return False
         return begun.isdisjoint(_STAGES[_STAGES.index(_READ_BY[section]) :])
 
+    def _check_place(self) -> None:
+        """Raise a UserError where the folder lies among pictures, whose data set its own would break."""
+        data, here = self.config.get("data") or {}, self.folder.resolve()
+        roots = [Path(data["root"]) / name for name in ("images", "masks")] if data.get("root") else []
+        for place in [*roots, *map(Path, data.get("unlabelled") or ())]:
+            if place.resolve() in (here, *here.parents):
+                raise UserError(
+                    f"{self.folder} lies in {place}, where its pictures would be taken for data; choose another output "
+                    "folder."
+                )
+
     def _claim(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UserError(f"Cannot write into {self.folder}: {error.strerror}; choose another --out.") from None
+            raise UserError(
+                f"Cannot write into {self.folder}: {error.strerror}; choose another output folder."
+            ) from None
         if not is_main():
             return
         try:
@@ -243,7 +264,7 @@ class Run:
         except OSError:
             self._release()
             raise FolderInUseError(
-                f"Another run works in {self.folder}; wait for it or choose another --out."
+                f"Another run works in {self.folder}; wait for it or choose another output folder."
             ) from None
 
     def _release(self) -> None:

@@ -71,4 +71,6 @@ def find_model_file(path: Path) -> Path:
     for candidate in ("model.safetensors", "pretrain/model.safetensors", "finetune/model.safetensors"):
         if (path / candidate).is_file():
             return path / candidate
+    if (path / "run.json").is_file():
+        raise UserError(f"{path} holds a run that has left no model yet: finish it first, by the same command again.")
     raise UserError(f"{path}: this folder holds no model.safetensors; give a fewmask run folder or a model file.")

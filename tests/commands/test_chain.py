@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,7 @@ def test_a_label_fraction_moves_the_rest_to_pretraining(data, tmp_path, fewmask)
     uses = [row["use"] for row in table(tmp_path / "run" / "cases.csv")]
     stages = [json.loads((tmp_path / "run" / s / "stage.json").read_text()) for s in ("pretrain", "finetune")]
     assert stages[1]["num_images"] == uses.count("labelled") < 5
+    assert re.search(rf"check: {uses.count('labelled')} of \d+ training masks are used, by data\.label_fraction", err)
     assert stages[0]["num_images"] == uses.count("labelled") + uses.count("unlabelled")
 
 
@@ -199,6 +201,7 @@ def test_sigterm_exits_130_and_resumes(drawn, tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert '"kind": "resume"' in log.read_text()
+    assert "pretrain: goes on from step " in err
 
 
 @pytest.mark.timeout(600)

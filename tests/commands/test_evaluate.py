@@ -42,6 +42,9 @@ def test_test_images_that_a_pretraining_has_seen_are_told(drawn, tmp_path, fewma
     assert code == 0, err
     for hidden in ("masks", "manifest.csv"):
         (tmp_path / hidden).rename(data / hidden)
+    code, _, err = fewmask("finetune", "unet", *small, f"run.out={first}")
+    assert code == 1
+    assert f"give 'finetune' an output folder of its own, and model.weights={first}" in err
     words = (*small, f"run.out={run}", f"model.weights={first}", "model.segmenter=tiny_unet")
     code, _, err = fewmask("finetune", "unet", *words, *(f"finetune.{setting}" for setting in short))
     assert code == 0, err

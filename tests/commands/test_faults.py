@@ -308,6 +308,11 @@ def test_other_settings_for_the_same_run(drawn, tmp_path, fewmask):
     code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *TINY, "run.seed=5")
     assert code == 1
     assert "run.seed=0, and you asked for 5" in err
+    for inside in (drawn / "images" / "run", drawn / "masks"):
+        code, _, err = fewmask("run", drawn, "--out", inside, *TINY)
+        assert code == 1
+        assert "its pictures would be taken for data; choose another output folder" in err
+        assert not (inside / "run.json").exists()
     record = tmp_path / "run" / "run.json"
     record.write_text(record.read_text()[:50])
     code, _, err = fewmask("run", drawn, "--out", tmp_path / "run", *TINY)

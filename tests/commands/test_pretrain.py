@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -69,6 +70,20 @@ def test_what_compares_images_is_refused_a_single_one(method, drawn, tmp_path, f
     assert code == 1
     assert "compares images, and there is only one to learn from" in err
     assert not (tmp_path / "run" / "pretrain" / "model.safetensors").exists()
+
+
+def test_images_that_supervised_has_no_label_for_are_told(drawn, tmp_path, fewmask):
+    data, run = shutil.copytree(drawn, tmp_path / "data"), tmp_path / "run"
+    rows = read_rows(data / "manifest.csv")
+    for number, row in enumerate(rows):
+        row["split"], row["label"] = "train" if row["mask"] else "", ("a", "b", "")[number % 3]
+    write_rows(data / "manifest.csv", rows)
+    code, _, err = fewmask("pretrain", "supervised", f"data.root={data}", f"run.out={run}", *SHORT)
+    assert code == 0, err
+    kept = {row["image"] for row in read_rows(run / "cases.csv") if row["use"] in ("labelled", "unlabelled")}
+    unlabelled = [row for row in rows if not row["label"] and str(data / row["image"]) in kept]
+    assert f"{len(unlabelled)} images without a class label are left out" in err
+    assert json.loads((run / "pretrain" / "stage.json").read_text())["num_images"] == len(kept) - len(unlabelled)
 
 
 def test_supervised_is_refused_where_all_that_it_trains_on_is_of_one_class(drawn, tmp_path, fewmask):

@@ -36,20 +36,24 @@ def test_the_distilled_segmenter_comes_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verb", "product", "found"),
-    [("pretrain", "segmenter", True), ("pretrain", "encoder", False), ("run", "segmenter", False)],
+    ("verb", "product", "told"),
+    [
+        ("pretrain", "segmenter", ""),
+        ("pretrain", "encoder", "an encoder alone.*'fewmask finetune' and model.weights="),
+        ("run", "segmenter", "no segmenter yet: finish 'fewmask run' first"),
+    ],
 )
 def test_a_pretrained_segmenter_is_the_runs_only_where_nothing_else_was_wanted(
-    tmp_path: Path, verb: str, product: str, found: bool
+    tmp_path: Path, verb: str, product: str, told: str
 ) -> None:
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "model.safetensors").touch()
     (tmp_path / "run.json").write_text(json.dumps({"verb": verb}))
     (tmp_path / "pretrain" / "stage.json").write_text(json.dumps({"product": product}))
-    if found:
+    if not told:
         assert find_segmenter(tmp_path).parent.name == "pretrain"
         return
-    with pytest.raises(UserError, match="no segmenter yet"):
+    with pytest.raises(UserError, match=told):
         find_segmenter(tmp_path)
 
 
