@@ -8,11 +8,12 @@ split. Arms are compared image by image, averaged over the seeds. A finished run
         --arm simmim --arm "dino pretrain.lr=6e-5" --fractions 0.01 0.1 --seeds 3
 
 An arm is a shipped recipe and settings; a name before a colon tells two of one recipe apart
-("slow:dino pretrain.lr=1e-5"). `--weights NAME:FILE` is an arm that begins with weights made elsewhere, such as those
-of a network that was trained with every mask: what may be hoped for at most. `--script-steps N` fine-tunes as a
-tutorial would, by N steps of the script of `plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`. At a
-constant rate it is chance how good the last step's weights are, so `--script-stops 5` scores each network after the
-last five of every twentieth step too, and compares the means.
+("slow:dino pretrain.lr=1e-5"). Arms that differ by `run.seed` alone are several pre-trainings of a kind, and are also
+compared together. `--weights NAME:FILE` is an arm that begins with weights made elsewhere, such as those of a network
+that was trained with every mask: what may be hoped for at most. `--script-steps N` fine-tunes as a tutorial would, by N
+steps of the script of `plain_unet.py`, at `--script-lr`, instead of with `fewmask finetune`. At a constant rate it is
+chance how good the last step's weights are, so `--script-stops 5` scores each network after the last five of every
+twentieth step too, and compares the means.
 """
 
 from __future__ import annotations
@@ -142,8 +143,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
 
 
+def repeated(arms: dict[str, list[str] | None]) -> list[list[str]]:
+    """Return the names of the arms that are one pre-training by several seeds, told apart by `run.seed` alone."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, words in arms.items():
+        if words is not None:
+            alike.setdefault(tuple(word for word in words if not word.startswith("run.seed=")), []).append(name)
+    return [names for names in alike.values() if len(names) > 1]
+
+
+def pooled(names: list[str], fraction: float, found: dict[tuple[str, float], dict[int, list]]) -> list[dict]:
+    """Return the figures of all networks of several pre-trainings of a kind, beside the control's, once all are there.
+
+    The interval of their mean holds the chance of pre-trainings and seeds, that of the difference the images' alone.
+    """
+    control = found[CONTROL, fraction]
+    if not control or any(found[name, fraction].keys() != control.keys() for name in names):
+        return []
+    networks = dict(enumerate(rows for name in names for rows in found[name, fraction].values()))
+    paired = compare(average_seeds(networks, list(networks)), average_seeds(control, list(control)))
+    return [{"arms": names, "fraction": fraction, **describe_cell(networks), "difference": paired}]
+
+
 def compared(args: argparse.Namespace, arms: dict[str, list[str] | None], cases: str) -> dict[str, list[dict]]:
-    """Return "cells" and "differences" to the control of what is finished so far."""
+    """Return "cells", "differences" to the control and what is "pooled", of what is finished so far."""
     cells, differences, found = [], [], {}
     for name in arms:
         for fraction in args.fractions:
@@ -158,14 +181,15 @@ def compared(args: argparse.Namespace, arms: dict[str, list[str] | None], cases:
         if name != CONTROL and (seeds := sorted(by_seed.keys() & control.keys())):
             paired = compare(average_seeds(by_seed, seeds), average_seeds(control, seeds))
             differences.append({"arm": name, "fraction": fraction, "seeds": seeds, **paired})
-    return {"cells": cells, "differences": differences}
+    together = [row for names in repeated(arms) for share in args.fractions for row in pooled(names, share, found)]
+    return {"cells": cells, "differences": differences, "pooled": together}
 
 
 def table(args: argparse.Namespace, arms: dict[str, list[str] | None]) -> dict:
     """Return what is finished so far, ready for JSON; "stops" are the means over the script's stops."""
     pretrained = {name: args.out / f"{name}-pretrain" / "pretrain" / "stage.json" for name in arms}
     stops = compared(args, arms, STOPS)
-    for cell in stops["cells"]:
+    for cell in (*stops["cells"], *stops["pooled"]):
         del cell["missed"]  # is no mean, but counted after the last step
     return {
         "pretrain_time": args.pretrain_time, "finetune_time": args.finetune_time, "threads": args.threads,

@@ -118,30 +118,36 @@ def continued() -> list[str]:
             found.get("protocol", "ISIC-2017") != "ISIC-2017",
         ),
     ):
-        controls = [cell for cell in found["cells"] if cell["arm"] == "none"]
-        without = {cell["fraction"]: cell["dice"]["mean"] for cell in controls}
-        seeds = {cell["fraction"]: len(cell["dice"]["per_seed"]) for cell in controls}
-        for cell in sorted(found["cells"], key=lambda cell: cell["fraction"]):
-            if cell["arm"] not in CONTINUED or (remark(found, cell) and key(found, cell) in anew):
-                continue
-            share = cell["fraction"]
-            facts = found["pretraining"][cell["arm"]]
-            arm = f"{cell['arm']}, {(facts['budget'] or facts['seconds']) / 60:.0f} min"
-            if said := remark(found, cell):
-                arm += f" ({said})"
-            (paired,) = (d for d in found["differences"] if (d["arm"], d["fraction"]) == (cell["arm"], share))
-            if not len(paired["seeds"]) == len(cell["dice"]["per_seed"]) == seeds[share]:
-                raise SystemExit(
-                    f"{cell['arm']} at {share:g}: not of the same seeds as the control; finish both first."
-                )
-            gained = f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
-            length = "plain script" if found.get("script_steps") else "fewmask"
-            told = [
-                found.get("protocol", "ISIC-2017"), f"{100 * share:g} %", length, arm, f"{without[share]:.3f}",
-                figure(cell["dice"]), gained, f"{cell['hd95_256']['mean']:.1f}",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(told)} |")
+        for part, script in ((found, "plain script"), (found.get("stops", {}), "plain script, last five stops")):
+            cells = sorted(part.get("cells", ()), key=lambda cell: cell["fraction"])
+            for cell in cells:
+                if cell["arm"] not in CONTINUED or (remark(found, cell) and key(found, cell) in anew):
+                    continue
+                line = continued_line(found, part, cell, script if found.get("script_steps") else "fewmask")
+                lines.append(f"| {' | '.join(line)} |")
     return lines
+
+
+def continued_line(found: dict[str, Any], part: dict[str, Any], cell: dict[str, Any], tuned: str) -> list[str]:
+    """Return the entries of a cell's line: those of all pre-trainings of its kind, where there are several."""
+    name, share = cell["arm"], cell["fraction"]
+    (control,) = (other for other in part["cells"] if (other["arm"], other["fraction"]) == ("none", share))
+    (paired,) = (d for d in part["differences"] if (d["arm"], d["fraction"]) == (name, share))
+    if not len(paired["seeds"]) == len(cell["dice"]["per_seed"]) == len(control["dice"]["per_seed"]):
+        raise SystemExit(f"{name} at {share:g}: not of the same seeds as the control; finish both first.")
+    facts = found["pretraining"][name]
+    arm = f"{name}, {(facts['budget'] or facts['seconds']) / 60:.0f} min"
+    for together in part.get("pooled", ()):
+        if (together["arms"][0], together["fraction"]) == (name, share):
+            cell, paired = together, together["difference"]
+            arm += f", {len(together['arms'])} pre-trainings"
+    if said := found.get("remarks", {}).get(name):
+        arm += f" ({said})"
+    gained = f"{100 * paired['difference']:+.1f} ({100 * paired['low']:+.1f} to {100 * paired['high']:+.1f})"
+    return [
+        found.get("protocol", "ISIC-2017"), f"{100 * share:g} %", tuned, arm, f"{control['dice']['mean']:.3f}",
+        figure(cell["dice"]), gained, f"{cell['hd95_256']['mean']:.1f}",
+    ]  # fmt: skip
 
 
 def gain(found: dict[str, Any], row: str, fraction: float, against: str) -> str:

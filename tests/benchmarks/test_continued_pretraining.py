@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 
-from benchmarks.continued_pretraining import SIZE, main
+from benchmarks.continued_pretraining import SIZE, main, pooled, repeated
 from fewmask.data.synthetic import make_dataset
 from fewmask.engine.run import read_json
+from fewmask.evaluate.score import read_case_csv
 from fewmask.models import build_encoder, build_segmenter, save_model
+
+GAINS = {"none": 0.0, "a": 0.1, "b": 0.3}
 
 
 def save(path, weights):
@@ -53,6 +56,13 @@ def test_what_begins_alike_ends_alike_and_a_folder_holds_one_comparison(compare,
     with pytest.raises(SystemExit, match=r"begun otherwise \(again differ"):
         compare("--weights", f"again:{path}")
     assert read_json(tmp_path / "runs" / "table.json") == other
+    rows = read_case_csv(tmp_path / "runs" / "none" / "1-0" / "cases_test.csv")
+    better = {(name, 1.0): {0: [{**row, "dice": row["dice"] + more} for row in rows]} for name, more in GAINS.items()}
+    assert repeated({"none": None, "a": ["figure"], "c": ["simmim"], "b": ["figure", "run.seed=1"]}) == [["a", "b"]]
+    (together,) = pooled(["a", "b"], 1.0, better)
+    assert together["difference"]["difference"] == pytest.approx(0.2)  # the mean of 0.1 and 0.3
+    assert len(together["dice"]["per_seed"]) == 2
+    assert pooled(["a", "c"], 1.0, {**better, ("c", 1.0): {}}) == []  # not all there yet
 
 
 @pytest.mark.parametrize(
