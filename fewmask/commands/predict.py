@@ -66,7 +66,7 @@ def predict(model: Path, paths: list[str], out: Path, overlay: bool, threshold: 
             except UserError as error:
                 failures.append({"image": str(job.image), "error": str(error)})
             report(num_done)
-    left_out = {"num_not_images": found.num_other, "num_in_out": found.num_own}
+    left_out = {"num_not_images": found.num_other, "num_in_out": found.num_own, "num_masks": found.num_masks}
     _summarise(out, rows, failures, left_out, as_json)
     return 1 if failures else 0
 
@@ -157,6 +157,8 @@ def _summarise(
         print(f"{_count(left_out['num_not_images'], 'file')} not an image by name or content: left alone")
     if left_out["num_in_out"]:
         print(f"{_count(left_out['num_in_out'], 'file')} below {out}: left alone, as answers of an earlier call")
+    if left_out["num_masks"]:
+        print(f"{_count(left_out['num_masks'], 'mask')} of a data folder: left alone")
     for failure in failures:
         print(f"Not predicted: {failure['error']}", file=sys.stderr)
     if failures:

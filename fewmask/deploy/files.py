@@ -22,34 +22,41 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The images found, and how many files were left alone: `num_other` are no images, `num_own` earlier answers."""
+    """The images found, and how many files were left alone.
+
+    `num_other` are no images, `num_own` earlier answers, `num_masks` the masks of a data folder.
+    """
 
     jobs: tuple[Job, ...]
     num_other: int
     num_own: int
+    num_masks: int
 
 
 def find_images(paths: list[str], out: Path) -> Found:
     """Return the images named by files, folders (searched to the bottom) and glob patterns, each once.
 
     A file below a folder keeps its sub-folder in its name. A file named outright is always taken; in a folder only
-    what is an image by suffix (or DICOM by content) is, not hidden files, and not what lies below `out`. Raises
-    UserError where a path matches nothing or nothing is left.
+    what is an image by suffix (or DICOM by content) is, not hidden files, not what lies below `out`, and of a data
+    folder, which holds `images` and `masks`, not its masks. Raises UserError where a path matches nothing or
+    nothing is left.
     """
     own = out.resolve()
     named: list[tuple[Path, str]] = []
-    num_other = num_own = 0
+    num_other = num_own = num_masks = 0
     for text in paths:
         for root, path, outright in _expand(text):
             if not outright and not _may_be_image(path):
                 num_other += 1
             elif not outright and root.resolve() in own.parents and own in path.resolve().parents:
                 num_own += 1
+            elif not outright and root / "masks" in path.parents and (root / "images").is_dir():
+                num_masks += 1
             else:
                 named.append((path, path.relative_to(root).with_suffix("").as_posix()))
     if not named:
         raise UserError(f"There is no image in {', '.join(paths)}; give files, folders or patterns such as 'a/*.jpg'.")
-    return Found(_unique(named), num_other, num_own)
+    return Found(_unique(named), num_other, num_own, num_masks)
 
 
 def _expand(text: str) -> list[tuple[Path, Path, bool]]:

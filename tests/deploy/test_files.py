@@ -32,6 +32,15 @@ def test_a_folder_keeps_its_sub_folders_and_leaves_other_files_alone(tmp_path: P
     assert find_images([str(tmp_path)], OUT).num_other == 1
 
 
+def test_masks_of_a_data_folder_are_no_photos(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.jpg", "images/deep/masks/b.jpg", "masks/a.png", "more/c.jpg")
+    assert names_of([tmp_path]) == ["images/a", "images/deep/masks/b", "more/c"]
+    assert find_images([str(tmp_path)], OUT).num_masks == 1
+    assert names_of([tmp_path / "masks"]) == ["a"]  # asked for
+    (tmp_path / "images").rename(tmp_path / "photos")
+    assert "masks/a" in names_of([tmp_path])  # a name, where there is no data folder
+
+
 def test_patterns_search_as_a_shell_would(tmp_path: Path) -> None:
     touch(tmp_path, "a/x.jpg", "a/y.png", "b/x.jpg", "b/deep/z.jpg", "n.txt")
     assert names_of([f"{tmp_path}/a/*.jpg"]) == ["x"]
