@@ -240,7 +240,7 @@ def test_a_second_call_trains_nothing(finished, split_data, unseen):
 
 @pytest.mark.parametrize("setting", ["pretrain.lr=0.5", "finetune.lr=0.5", "grid.finetune_time=9s"])
 def test_other_settings_in_the_same_folder_are_refused(finished, split_data, setting):
-    with pytest.raises(UserError, match=r"another --out"):
+    with pytest.raises(UserError, match=r"another (--out|output folder)"):
         reproduce("g2ll-table1", split_data, None, "smoke", (), None, finished, (*TWO, setting))
 
 

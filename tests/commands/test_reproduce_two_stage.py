@@ -271,7 +271,7 @@ def test_a_second_call_trains_nothing(finished, split_data):
     before = {path: path.stat().st_mtime_ns for kind in kinds for path in finished.rglob(kind)}
     assert run(split_data, finished, *SMALL) == 0
     assert before == {path: path.stat().st_mtime_ns for kind in kinds for path in finished.rglob(kind)}
-    with pytest.raises(UserError, match="another --out"):
+    with pytest.raises(UserError, match="another output folder"):
         run(split_data, finished, *SMALL, "pretrain.lr=0.5", 'grid.rows=["best-single"]')
 
 
