@@ -25,7 +25,8 @@ from throughput import build_loop, one_step, raw_batch, take_turns
 from fewmask.config import RunSection, StageSection
 from fewmask.data.augment import PlainViews
 from fewmask.distill.distill import Distill
-from fewmask.engine.fit import Fit, resolve_precision
+from fewmask.engine.device import resolve_precision
+from fewmask.engine.fit import Fit
 from fewmask.engine.run import versions, write_json
 from fewmask.engine.stage import CLOCKS
 from fewmask.models import Segmenter, build_encoder, build_segmenter

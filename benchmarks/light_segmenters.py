@@ -23,7 +23,8 @@ from fewmask.commands.stages import configure_torch, with_precision
 from fewmask.config import load_recipe, parse_time
 from fewmask.data.loader import Loader
 from fewmask.data.preprocess import predict_probability
-from fewmask.engine.fit import fit, resolve_precision
+from fewmask.engine.device import resolve_precision
+from fewmask.engine.fit import fit
 from fewmask.engine.run import Run, read_json, seed_step, versions, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.score import score_cases, summarise

@@ -29,7 +29,8 @@ from fewmask.data.contents import default_cache_folder
 from fewmask.data.geometry import random_boxes
 from fewmask.data.manifest import load_cases
 from fewmask.data.superpixels import Slic, superpixel_maps
-from fewmask.engine.fit import Fit, resolve_precision
+from fewmask.engine.device import resolve_precision
+from fewmask.engine.fit import Fit
 from fewmask.engine.run import versions, write_json
 from fewmask.engine.stage import CLOCKS
 from fewmask.pretrain.crops import move_map

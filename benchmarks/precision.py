@@ -3,7 +3,7 @@
     python benchmarks/precision.py --threads 1 --clock cpu --out benchmarks/results
 
 Each step is `engine.fit`'s own on one fixed batch, views included. A network's two precisions take turns in one process
-and medians over the rounds are compared. `engine.fit.resolve_precision` chooses by such figures.
+and medians over the rounds are compared. `engine.device.resolve_precision` chooses by such figures.
 """
 
 from __future__ import annotations

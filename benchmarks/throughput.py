@@ -40,7 +40,8 @@ from fewmask.config import RunSection, StageSection, load_recipe
 from fewmask.data.cache import cache_size
 from fewmask.data.superpixels import Slic
 from fewmask.data.synthetic import render
-from fewmask.engine.fit import Fit, resolve_precision
+from fewmask.engine.device import resolve_precision
+from fewmask.engine.fit import Fit
 from fewmask.engine.run import Run, versions, write_json
 from fewmask.engine.stage import CLOCKS, Stage
 from fewmask.models import build_encoder

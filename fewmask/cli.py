@@ -30,9 +30,19 @@ Unlabelled = Annotated[
 ]
 Settings = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings such as run.time=15m, run.seed=1, finetune.epochs=30."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Settings such as run.time=15m, run.seed=1, finetune.epochs=30; a key that there is not is answered with "
+        "those there are.",
+    ),
 ]
-RecipeName = Annotated[str, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
+PretrainRecipe = Annotated[
+    str,
+    typer.Argument(help="A TOML file, or one that is shipped: dino, figure, g2ll, mae, simmim, supervised, tedmae."),
+]
+FinetuneRecipe = Annotated[str, typer.Argument(help="A TOML file, or one that is shipped: transunet, unet.")]
+SelectRecipe = Annotated[str, typer.Argument(help="A TOML file, or the one that is shipped: two_stage.")]
+DistillRecipe = Annotated[str, typer.Argument(help="A TOML file, or one that is shipped: mobile_unet, tiny_unet.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 OutRun = Annotated[Path, typer.Option("--out", help="The run's folder; the same command again resumes there.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run's folder.")]
@@ -98,7 +108,7 @@ def check(
 
 
 @app.command()
-def pretrain(recipe: RecipeName, settings: Settings = None) -> None:
+def pretrain(recipe: PretrainRecipe, settings: Settings = None) -> None:
     """Train an encoder on images without masks: fewmask pretrain mae data.root=MY_FOLDER run.out=RUN.
 
     Method figure trains a whole segmenter: on pictures of one thing about the middle, such as lesions.
@@ -109,7 +119,7 @@ def pretrain(recipe: RecipeName, settings: Settings = None) -> None:
 
 
 @app.command()
-def finetune(recipe: RecipeName, settings: Settings = None) -> None:
+def finetune(recipe: FinetuneRecipe, settings: Settings = None) -> None:
     """Train a segmenter on the few masks: fewmask finetune unet data.root=MY_FOLDER run.out=RUN.
 
     The encoder starts from model.weights: none, packaged, imagenet, or a run's folder, of which its pre-training is
@@ -122,7 +132,7 @@ def finetune(recipe: RecipeName, settings: Settings = None) -> None:
 
 
 @app.command()
-def select(recipe: RecipeName, settings: Settings = None, as_json: Json = False) -> None:
+def select(recipe: SelectRecipe, settings: Settings = None, as_json: Json = False) -> None:
     """Try auxiliary tasks, before and beside fine-tuning, and keep the better way of each by validation Dice.
 
     fewmask select two_stage data.root=MY_FOLDER run.out=TASKS; then learn from all of them: fewmask distill ...
@@ -134,7 +144,7 @@ def select(recipe: RecipeName, settings: Settings = None, as_json: Json = False)
 
 
 @app.command()
-def distill(recipe: RecipeName, settings: Settings = None) -> None:
+def distill(recipe: DistillRecipe, settings: Settings = None) -> None:
     """Train a small student from a large teacher: fewmask distill tiny_unet data.root=MY_FOLDER run.out=SMALL
     distill.teachers='["RUN"]'.
 

@@ -220,7 +220,10 @@ class Recipe(Section):
         """Return a stage's section, or raise a UserError that names it."""
         section = getattr(self, name)
         if section is None:
-            raise UserError(f"This recipe has no [{name}] section; choose another, or write {name}.method.name=...")
+            raise UserError(
+                f"This recipe has no [{name}] section: write {name}.method.name=..., or choose one that has: "
+                f"{', '.join(recipes_with(name))}."
+            )
         return section
 
     def resolved(self) -> dict[str, Any]:
@@ -232,6 +235,13 @@ def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name."""
     folder = Path(str(resources.files("fewmask") / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def recipes_with(stage: str) -> list[str]:
+    """Return the names of the shipped recipes that have a section for a stage, those of it alone first."""
+    found = {name: _read(name) for name in shipped_recipes()}
+    having = [name for name, sections in found.items() if stage in sections]
+    return sorted(having, key=lambda name: (len(found[name].keys() & {*STAGES, "select"}), name))
 
 
 def load_recipe(

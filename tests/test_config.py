@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from fewmask.config import STAGES, load_recipe, parse_time, shipped_recipes
+from fewmask.cli import app
+from fewmask.config import STAGES, load_recipe, parse_time, recipes_with, shipped_recipes
 from fewmask.registry import build, choose
 from fewmask.types import UserError
 
@@ -83,6 +87,21 @@ def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path):
     bad.write_text("[run\nseed = 1")
     with pytest.raises(UserError, match="is not valid TOML"):
         load_recipe(bad)
+
+
+def test_a_recipe_without_a_stage_names_those_that_have_it():
+    with pytest.raises(
+        UserError, match=r"has no \[distill\] section: .* has: mobile_unet, tiny_unet, run, two_stage\."
+    ):
+        load_recipe("mae").stage("distill")
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "distill", "select"])
+def test_help_lists_the_recipes_of_a_verb(verb):
+    text = " ".join(CliRunner().invoke(app, [verb, "--help"]).stdout.split())
+    listed = re.search(r"shipped: ([^.]*)\.", text).group(1).split(", ")
+    own = [name for name in recipes_with(verb) if name not in ("run", "demo")]  # those are the chain's
+    assert listed == [name for name in own if verb == "select" or name != "two_stage"]
 
 
 def test_every_shipped_recipe_is_valid_and_says_how_to_run_it():

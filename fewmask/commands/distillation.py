@@ -21,7 +21,8 @@ from fewmask.data.streams import MixedLoader
 from fewmask.deploy.run_files import find_segmenter
 from fewmask.distill.distill import KD_ALONE, Distill
 from fewmask.distill.kd import KD
-from fewmask.engine.fit import Stream, fit, resolve_precision
+from fewmask.engine.device import resolve_precision
+from fewmask.engine.fit import Stream, fit
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import Row, read_case_csv

@@ -145,8 +145,8 @@ def _cases(run: Path, data: Path, manifest: str | None, split: str) -> tuple[lis
             raise UserError("--split all would score images this run was trained on; choose test or val.")
         if split == "test" and facts.get("test_images_seen"):
             Progress("evaluate").close(
-                f"{facts['test_images_seen']} of the test images were seen before, without their masks, by the model "
-                "that this run began with"
+                f"{facts['test_images_seen']} of the test images were seen before, without their masks, by a model "
+                "that this run began with or learnt from"
             )
         return _chosen([case for case in masked if use[case.name] == USE_OF[split]], data, split), split
     fresh = [case for case in masked if use[case.name] in (None, USE_OF["test"])]

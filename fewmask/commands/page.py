@@ -112,7 +112,7 @@ def _cell(row: Found, column: str) -> str:
     theirs = row["paper"] or {}
     shown = {
         "row": row["row"],
-        "masks": _percent(row["fraction"]),
+        "masks": _masks(row),
         "seeds": str(len(row["seeds"])),
         "Dice (95 %)": _figure(row["dice"]),
         "Dice 256": _mean(row["dice_256"]),
@@ -224,6 +224,12 @@ def _line(texts: Sequence[Any]) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
+
+
+def _masks(row: Found) -> str:
+    """Return a row's share of the masks, and how many these are."""
+    few, many = row["num_masks"][0], row["num_masks"][-1]
+    return f"{_percent(row['fraction'])} ({few if few == many else f'{few} to {many}'})"
 
 
 def _mean(figure: Found) -> str:

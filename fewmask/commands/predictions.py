@@ -23,7 +23,7 @@ from fewmask.config import Recipe
 from fewmask.data.cache import VERSION, CachedDataset
 from fewmask.data.preprocess import normalise
 from fewmask.distill.teacher import EnsembleTeacher
-from fewmask.engine.fit import accelerator_for, resolve_precision
+from fewmask.engine.device import accelerator_for, resolve_precision
 from fewmask.engine.run import is_main, read_json, wait_for_everyone, write_json
 from fewmask.engine.stage import Progress, Stage
 from fewmask.models import Segmenter

@@ -79,6 +79,11 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     run.record_data({**facts, "given": before.sentences, "test_images_seen": len(before.seen)})
     _remember(run.folder, cases, uses, before.learnt)
     kept = [case for case in cases if case.split != "test"]
+    if not kept:
+        raise UserError(
+            "The manifest puts every image into test, and nothing is left to learn from: put some into train, or empty "
+            "its column 'split'."
+        )
     dataset = cached(kept, recipe)
     index = {case.name: number for number, case in enumerate(kept)}
     return Prepared(

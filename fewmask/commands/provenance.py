@@ -110,6 +110,12 @@ def used_ids(run: Path) -> dict[str, str]:
     return {identifier: use for identifier, use in found.items() if identifier is not None}
 
 
+def num_masks(run: Path) -> int:
+    """Return how many masks a run was given to learn from, by its cases.csv."""
+    with (run / "cases.csv").open(newline="", encoding="utf-8") as file:
+        return sum(row["use"] == "labelled" for row in csv.DictReader(file))
+
+
 def learnt_ids(models: Sequence[Path]) -> set[str]:
     """Return the public identifiers of the images whose masks the models' own runs have learnt from."""
     runs = [run for model in models if (run := run_of(model)) is not None]

@@ -23,7 +23,8 @@ from fewmask.data.streams import PairedLoader
 from fewmask.data.superpixels import Slic, superpixel_maps
 from fewmask.disk import flush_folder
 from fewmask.distill.distill import Distill
-from fewmask.engine.fit import Stream, accelerator_for, fit, resolve_precision
+from fewmask.engine.device import accelerator_for, resolve_precision
+from fewmask.engine.fit import Stream, fit
 from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from fewmask.commands.cost import known_costs
-from fewmask.commands.grid import EQUAL_WEIGHT, PLAIN, TEACHER, Order, cells
+from fewmask.commands.grid import PLAIN, TEACHER, Order, cells
 from fewmask.commands.jobs import scored, stage_facts
 from fewmask.commands.page import SETS
 from fewmask.commands.papers import PAPERS, Paper, deviations
+from fewmask.commands.provenance import num_masks
+from fewmask.commands.remarks import remarks
 from fewmask.commands.select import SELECTION
 from fewmask.commands.tables import MultiTask, Student
 from fewmask.config import Recipe
@@ -35,17 +37,6 @@ APART: dict[str, Callable[[Row], float]] = {
     "detection_sensitivity": lambda row: np.nan if row["empty_truth"] else float(not row["empty_prediction"]),
     "detection_specificity": lambda row: float(row["empty_prediction"]) if row["empty_truth"] else np.nan,
 }
-
-STATEMENTS = (
-    "Figures are means over images and seeds, at the masks' own size but for those marked 256 (at 256x256 pixels). "
-    "HD95 counts a lesion without any predicted pixel as the image's diagonal.",
-    "Intervals hold 95 % of 2,000 bootstrap replicates in which the seeds and the patients (or lesions; images where "
-    "neither is known) are drawn with replacement.",
-    "Differences are taken image by image, averaged over the seeds that both rows have; their intervals are "
-    "bootstrapped over patients alone, and p-values come from random changes of sign by patient, not corrected for "
-    "their number.",
-    "The clock of a training starts after the data are decoded and the superpixels made, once for all runs.",
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,9 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         for (row, fraction), by_seed in results.items():
             theirs = paper.figures.get(name, {}).get(row, {}).get(fraction)
             cell = describe_cell(by_seed, order.what.columns, _is_pooled(order, name))
-            rows.append({"set": name, "row": row, "fraction": fraction, **cell, "paper": theirs})
+            masks = sorted({num_masks(order.folder(row, fraction, seed)) for seed in by_seed})
+            about = {"set": name, "row": row, "fraction": fraction, "num_masks": masks}
+            rows.append({**about, **cell, "paper": theirs})
         differences += [{"set": name, **found} for found in _differences(order, results, _is_pooled(order, name))]
     trainings, distillations = _trainings(order, left_out), _distillations(order, left_out)
     learnt = [*trainings, *distillations]
@@ -85,7 +78,7 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         "distillation": distillations, "networks": _networks(order), "unseen": dict(scene.unseen),
         "excluded": learnt[0]["excluded"] if learnt else None, "duplicates": _duplicates(order, scene),
         "deviations": _all_deviations(order, scene, trainings, left_out),
-        "statements": [*STATEMENTS, *_statements(order, rows)],
+        "statements": remarks(order, rows),
     }  # fmt: skip
 
 
@@ -342,56 +335,3 @@ def _seeds(order: Order, paper: Paper) -> Iterator[str]:
         f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of fine-tuning a cell, which draw the masks "
         f"anew, and {order.grid.pretrain_seeds} of pre-training a row{again}."
     )
-
-
-def _statements(order: Order, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what else a reader must know of this table."""
-    if order.grid.folds:
-        yield (
-            f"The data have no split: their patients are dealt to {order.grid.folds} folds, seed k tests fold k, and "
-            "what it tests, no network of that seed has seen; its validation images are drawn from the other folds. So "
-            "each image is tested once: figures of the test images are means over all images of all folds, intervals "
-            "draw patients alone, and differences pair the same image in two rows."
-        )
-    if any(row["empty"] for row in rows):
-        yield (
-            "Some images have no lesion; their Dice is 1 where nothing is predicted and 0 elsewhere, and so the mean "
-            "over all rewards a model that predicts nothing. 'Dice, lesions' is over the images with a lesion; "
-            "'found' is the share of these with any predicted pixel, 'left empty' that of the others with none."
-        )
-    if order.what.selects:
-        yield from _two_stage_statements(order)
-
-
-def _two_stage_statements(order: Order) -> Iterator[str]:
-    section, apart = order.selects, [task for task in order.selects.tasks if task not in order.joint_tasks]
-    weights = ", ".join(f"{weight:g}" for weight in section.weights)
-    yield (
-        f"A cell's selection trains each of {', '.join(section.tasks)} in each mode ({', '.join(section.modes)}). Row "
-        f"joint-TASK has the weight among {weights} with the highest validation Dice; best-single is the candidate "
-        "with the highest of all; ensemble and distilled have each task in its better mode. No test image has a part."
-    )
-    if order.grid.train_time == "none":
-        yield "Every training did its epochs: a network that was pre-trained first was trained for longer than others."
-    else:
-        yield (
-            f"Every single network was trained for {order.grid.train_time}, a pre-training and its fine-tuning "
-            f"together, and every student for {order.grid.distill_time}. Finding the rows of a selection took the time "
-            "of all its candidates."
-        )
-    if any(isinstance(row, MultiTask) for row in order.rows.values()):
-        left = f"; {', '.join(apart)}, which needs masks, would take from the others the images without one"
-        yield (
-            f"Rows uniform and pcgrad train jointly with {', '.join(order.joint_tasks)}, each loss with the weight "
-            f"{EQUAL_WEIGHT:g}{left if apart else ''}."
-        )
-    if "plain-longer" in order.rows:
-        yield (
-            "Row plain-longer starts from row plain as the students do from their teachers, and trains for a student's "
-            "time on the masks alone."
-        )
-    if any(name.startswith("five-seeds") for name in order.rows):
-        yield (
-            f"Rows five-seeds-...: here {len(section.tasks)} networks without any task, as many as a selection "
-            "chooses, on the same masks and unlike in their seed alone; the first is row plain's."
-        )

@@ -62,10 +62,20 @@ def load_cases(root: Path, manifest: Path | None = None, unlabelled: Sequence[Pa
     elif (root / "images").is_dir():
         cases = _pair(root, _listing(root / "images"))
     else:
-        raise UserError(f"'{root}' has no folder 'images': put images in {root}/images and masks in {root}/masks.")
+        raise UserError(f"'{root}' has no folder 'images': {_where_images_go(root)}")
     if not cases:
         raise UserError(f"'{root}' holds no images: put them in {root}/images.")
     return _with_unlabelled(sorted(cases, key=lambda case: case.name), [_folder(folder) for folder in unlabelled])
+
+
+def _where_images_go(root: Path) -> str:
+    """Return what to do about a folder that is not laid out as one of images and masks."""
+    own = next((file for file in sorted(root.iterdir()) if file.is_file() and is_picture(file)), None)
+    if own is None:
+        return f"put images in {root}/images and masks in {root}/masks."
+    if root.resolve().name == "images":
+        return f"it is one, so give the folder that it lies in, {root.resolve().parent}."
+    return f"it holds pictures itself, such as {own.name}; move them to {root}/images, and masks to {root}/masks."
 
 
 def skipped_files(root: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,8 +20,9 @@ from torch.optim import Optimizer
 from fewmask.config import RunSection, StageSection
 from fewmask.draws import drawing_for
 from fewmask.engine.checkpoint import restore_newest, save_checkpoint, write_tensors
+from fewmask.engine.device import accelerator_for, resolve_precision
 from fewmask.engine.optim import build_optimiser, learning_rate, set_schedule
-from fewmask.engine.run import is_main, leave_group_at_exit, seed_step
+from fewmask.engine.run import is_main, seed_step
 from fewmask.engine.stage import Progress, Stage
 from fewmask.models.norms import synchronise_norms
 from fewmask.objective import Objective
@@ -79,52 +78,6 @@ class Meter:
         rates = {"images_per_s": self.images / seconds, "data_wait": self.waiting / seconds}
         self.__init__()  # type: ignore[misc]
         return {**means, **rates}
-
-
-def accelerator_for(settings: RunSection) -> Accelerator:
-    """Return the Accelerator for the device and precision asked for; a UserError when the device is absent."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda was asked for, and torch sees no CUDA device; use run.device=cpu.")
-    if settings.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("run.device=mps was asked for, and torch sees no Apple GPU; use run.device=cpu.")
-    precision = resolve_precision(settings)
-    if precision == "fp16" and (settings.device == "cpu" or not torch.cuda.is_available()):
-        raise UserError("run.precision=fp16 needs a CUDA device; use bf16, fp32 or auto.")
-    # Told of a CPU, or processes on one would not find each other.
-    accelerator = Accelerator(cpu=on_cpu(settings), mixed_precision="no" if precision == "fp32" else precision)
-    if accelerator.num_processes > 1:
-        leave_group_at_exit()
-    elif (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(
-            f"WORLD_SIZE says that {started} processes train together, and this one found no other on "
-            f"{accelerator.device}: start them with torchrun (on CPUs with run.device=cpu), or unset WORLD_SIZE."
-        )
-    return accelerator
-
-
-def on_cpu(settings: RunSection) -> bool:
-    """Return whether a run trains on the CPU, asked to or for want of anything faster."""
-    return settings.device == "cpu" or (settings.device == "auto" and not torch.accelerator.is_available())
-
-
-def resolve_precision(settings: RunSection) -> str:
-    """Return the precision to train in; "auto" is bf16 where the hardware multiplies it, fp32 elsewhere.
-
-    Measured: bf16 trains a U-Net 2.0 times faster than fp32 on a CPU with AMX, and 1.5 times (a ViT 1.8) on one with
-    AVX-512 BF16 (Zen 4); on one without either, it is far slower.
-    """
-    if settings.precision != "auto":
-        return settings.precision
-    if settings.device != "cpu" and torch.cuda.is_available():
-        # Asked without this, torch says yes of a T4 too, which emulates bf16 and is fast in fp16.
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if on_cpu(settings) and _multiplies_bf16() else "fp32"
-
-
-def _multiplies_bf16() -> bool:
-    # Private in torch: they may go, and then the answer is no.
-    questions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(ask() for name in questions if (ask := getattr(torch.cpu, name, None)))
 
 
 class Fit:
@@ -247,6 +200,16 @@ class Fit:
         self.saved_best = self.state.best_step
         self.stage.log("checkpoint", step=self.state.step, seconds=self.stage.elapsed - began)
 
+    def tell_long_epochs(self) -> None:
+        """Say so where the images are so few that an epoch shows each of them several times."""
+        steps, size, num = self.loader.steps_per_epoch, self.settings.batch_size, self.loader.num_images
+        if not self.state.step and steps * size >= 2 * num:
+            images = (
+                f"{num} images are seen {steps * size / num:.0f} times each" if num > 1 else "1 image is all it sees"
+            )
+            text = f"an epoch here is {steps} batches of {size}, in which {images} ({self.stage.name}.min_epoch_steps)"
+            Progress(self.stage.name).close(text)
+
     def restore(self) -> None:
         """Go on from the newest sound checkpoint, if there is one."""
         header, remarks = restore_newest(self.stage.folder / "checkpoints", self.objective, self.raw_optimiser)
@@ -330,6 +293,7 @@ def fit(
     (stage.folder / "checkpoints").mkdir(exist_ok=True)
     with stage.logging(run.tensorboard):
         loop.restore()
+        loop.tell_long_epochs()
         stage.run.deferring = True
         try:
             _train(loop, validate, watch)

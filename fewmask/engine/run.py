@@ -161,16 +161,16 @@ class Run:
             write_json(self.folder / "run.json", self.info)
 
     def compare_data(self, facts: dict[str, Any]) -> None:
-        """Raise a UserError when the data are not those this run began with."""
+        """Raise a UserError when the data are not those this run has learnt from; before that they may be mended."""
         old = self.info.get("data")
-        if old and old["fingerprint"] != facts["fingerprint"]:
+        if old and old["fingerprint"] != facts["fingerprint"] and self._begun():
             raise UserError(
                 f"The data changed since {self.folder} was started ({old['num_cases']} cases then, "
                 f"{facts['num_cases']} now, or other contents); use another output folder, or put the data back."
             )
 
     def record_data(self, facts: dict[str, Any]) -> None:
-        """Write down the data's fingerprint: from here on they may not change."""
+        """Write down the data's fingerprint: once something is learnt, they may not change."""
         self.info["data"] = facts
         self.save()
 

@@ -25,6 +25,9 @@ from fewmask.pretrain.self_distillation import (
 )
 from fewmask.types import Batch, UserError, Views
 
+GLOBAL_SCALE = {True: (0.4, 1.0), False: (0.14, 1.0)}
+"""The share of a picture that a global crop covers, with local crops and without."""
+
 
 class DINO(Objective):
     """DINO (Caron et al. 2021): cross-view self-distillation of a ViT's class token or a CNN's pooled feature.
@@ -35,8 +38,9 @@ class DINO(Objective):
     gradient for `freeze_last` of the training (one epoch of 100); the recipe's weight decay rises from 0.04 to 0.4.
     Ours: no local crops by default and 4,096 prototypes where the paper has 8 (of 96 pixels for 224) and 65,536; a
     constant tau_t, which is the code's default, where the paper's training raises it to 0.07 at first; gradients
-    clipped together at a norm of 3, where the code clips each weight's; `vertical_flip`. For no local crops the code's
-    help recommends `crop_scale` (0.14, 1.0). Code (DINO) judges the teacher; `keep` says which of the
+    clipped together at a norm of 3, where the code clips each weight's; `vertical_flip`. The global crops' share of the
+    picture, `crop_scale`, is (0.4, 1.0) beside local crops (paper) and, by the code's help, (0.14, 1.0) without any
+    where it is None. Code (DINO) judges the teacher; `keep` says which of the
     two is the product. Its learning rate is 0.0005 per 256 images of a batch: at 16 times that, all targets became
     alike within 20 steps (measured, batch 16).
 
@@ -57,7 +61,7 @@ class DINO(Objective):
         tau_s: float = 0.1,
         tau_t: float = 0.04,
         freeze_last: float = 0.01,
-        crop_scale: tuple[float, float] = (0.4, 1.0),
+        crop_scale: tuple[float, float] | None = None,
         num_local: int = 0,
         local_size: int | None = None,
         local_scale: tuple[float, float] = (0.05, 0.4),
@@ -75,8 +79,9 @@ class DINO(Objective):
         self.centre = Centre(num_prototypes, centre_momentum)
         self.guard = CollapseGuard(advice(), collapse_patience)
         self.tau_s, self.tau_t, self.keep = tau_s, tau_t, keep
+        scale = crop_scale or GLOBAL_SCALE[num_local > 0]
         self.crop_views = MultiCropViews(
-            encoder.size, crop_scale, num_local, check_local(encoder, num_local, local_size), local_scale,
+            encoder.size, scale, num_local, check_local(encoder, num_local, local_size), local_scale,
             vertical=vertical_flip,
         )  # fmt: skip
 

@@ -51,6 +51,11 @@ def find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
     the middle. It is one if it is as `rule` says, the line is longer than noise makes it, and the light is not so steep
     that it must be a dark frame's. But for hairs, brighter or darker makes no difference.
     """
+    with torch.autocast(image.device.type, enabled=False):  # the light's fit is not solved in half precision
+        return _find_figure(image, rule)
+
+
+def _find_figure(image: Tensor, rule: FigureRule) -> tuple[Tensor, Tensor]:
     cells = F.adaptive_avg_pool2d(without_hairs(image).float(), CELLS)
     cells, bend = without_shading(F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, stride=1))
     weight, near = (about_the_middle(spread, image.device) for spread in (SPREAD, ABOUT))

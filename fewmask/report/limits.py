@@ -30,8 +30,9 @@ def _of_split(record: Record) -> Iterator[str]:
         )
     elif record.split == "test" and (seen := record.num_test_images_seen):
         yield (
-            f"The model that this training began with has seen {count(seen)} of the test images, without their masks: "
-            "the figure may flatter it. Pre-train on a folder whose test images are set apart."
+            f"A model that this training was given, to begin with or to learn from, has seen {count(seen)} of the test "
+            "images, without their masks: the figure may flatter it. Train such a model on a folder whose test images "
+            "are set apart."
         )
     if record.run.get("status") not in ("done", None):
         yield "The run did not reach its end; a finished one may score differently."

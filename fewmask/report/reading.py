@@ -60,7 +60,7 @@ class Record:
 
     @property
     def num_test_images_seen(self) -> int:
-        """How many test images a model that the run began with has seen without their masks."""
+        """How many test images a model that the run was given has seen without their masks."""
         data = self.run.get("data")
         seen = data.get("test_images_seen") if isinstance(data, dict) else None
         return seen if isinstance(seen, int) else 0

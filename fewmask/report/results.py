@@ -138,7 +138,7 @@ def _evaluated(record: Record, split: str) -> str:
     notes = {"test": " never used in training", "val": ", which also chose the model", "train": " it was trained on"}
     where = notes.get(split, f" of another data set ({split})")
     if split == "test" and (seen := record.num_test_images_seen):
-        where = f", {count(seen)} of which it saw in pre-training, without their masks"
+        where = f", {count(seen)} of which it or its teacher saw before, without their masks"
     missed = number(metrics.get("missed"))
     lost = "" if missed is None else f"; {'none' if missed == 0 else count(missed)} missed entirely"
     return f"{interval if number(dice.get('low')) is not None else ''} on {images}{where}{lost}."

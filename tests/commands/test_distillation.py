@@ -21,7 +21,7 @@ from fewmask.data.augment import PlainViews
 from fewmask.data.contents import default_cache_folder
 from fewmask.data.loader import Loader
 from fewmask.data.synthetic import make_dataset
-from fewmask.engine.fit import resolve_precision
+from fewmask.engine.device import resolve_precision
 from fewmask.engine.run import Run
 from fewmask.engine.stage import Stage
 from fewmask.models.storage import read_model_file, write_model_file

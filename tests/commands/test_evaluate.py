@@ -56,5 +56,5 @@ def test_test_images_that_a_pretraining_has_seen_are_told(drawn, tmp_path, fewma
     assert f"{seen} of the test images were seen before, without their masks" in err
     assert fewmask("report", run, "--out", tmp_path / "report.html")[0] == 0
     page = (tmp_path / "report.html").read_text()
-    assert f"{seen} of which it saw in pre-training" in page
+    assert f"{seen} of which it or its teacher saw before" in page
     assert "never used in training" not in page

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands.conftest import DISTILLING, TINY
+from tests.commands.conftest import DISTILLING, TINY, read_rows, write_rows
 
 
 def images(data):
@@ -300,6 +300,18 @@ def test_data_that_changed_between_two_calls(data, tmp_path, fewmask):
     assert code == 1
     assert "The data changed since" in err
     assert (tmp_path / "run" / "model.onnx").read_bytes() == before
+
+
+def test_data_may_be_mended_before_anything_was_learnt(data, tmp_path, fewmask):
+    given = ("data.root=" + str(data), "run.out=" + str(tmp_path / "run"), "run.device=cpu", "model.size=32")
+    network = ("model.encoder=vit_micro_patch8", "pretrain.epochs=1", "pretrain.min_epoch_steps=1")
+    rows = read_rows(data / "manifest.csv")
+    write_rows(data / "manifest.csv", [row | {"split": "test"} for row in rows if row["mask"]])
+    code, _, err = fewmask("pretrain", "mae", *given, *network)
+    assert code == 1
+    assert "nothing is left to learn from" in err
+    write_rows(data / "manifest.csv", rows)
+    assert fewmask("pretrain", "mae", *given, *network)[0] == 0
 
 
 @pytest.mark.usefixtures("unexported")

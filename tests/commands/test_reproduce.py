@@ -25,7 +25,7 @@ from fewmask.commands.unseen import choose_unseen
 from fewmask.config import RunSection
 from fewmask.data.manifest import load_cases
 from fewmask.data.synthetic import make_dataset
-from fewmask.engine.fit import resolve_precision
+from fewmask.engine.device import resolve_precision
 from fewmask.engine.run import Run
 from fewmask.types import Case, UserError
 from tests.commands.conftest import read_rows, write_rows
@@ -120,6 +120,25 @@ def test_the_papers_figures_and_the_deviations_are_told(finished):
     ):
         assert sentence in told
         assert sentence in page
+
+
+def test_a_share_says_how_many_masks_it_is(finished, split_data):
+    num = sum(row["split"] == "train" and row["mask"] != "" for row in _manifest(split_data))
+    page = (finished / "table.md").read_text()
+    found = {(row["fraction"], tuple(row["num_masks"])) for row in table(finished)["rows"]}
+    assert found == {(0.5, (num // 2,)), (1.0, (num,))}
+    assert f"| random | 50 % ({num // 2}) | 2 |" in page
+    assert "not asked for" not in page
+
+
+def test_what_an_earlier_call_left_in_the_folder_is_told(finished, split_data, unseen, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "out")
+    fewer = ("grid.rows=random", "grid.fractions=0.5", "grid.seeds=1", "run.device=cpu")
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, out, fewer) == 0
+    assert {(row["row"], row["fraction"], len(row["seeds"])) for row in table(out)["rows"]} == {("random", 0.5, 1)}
+    told = next(text for text in table(out)["statements"] if "not asked for" in text)
+    every = [f"{share} %, seed {seed}" for share in (50, 100) for seed in (0, 1)]
+    assert f"random ({'; '.join(every[1:])}), mae ({'; '.join(every)})." in told
 
 
 def test_excluded_images_and_unseen_ones_are_counted(finished, split_data):

@@ -110,6 +110,16 @@ def test_dicom_numbers_without_suffix_keep_their_last_part(tmp_path):
     assert [case.name for case in load_cases(tmp_path)] == ["1.2.840.1", "1.2.840.2"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [("images", "so give the folder that it lies in, {root}"), ("photos", "such as img_0.png; move them to")],
+)
+def test_a_folder_of_pictures_is_told_where_it_belongs(tmp_path, folder, words):
+    save(tmp_path / folder / "img_0.png", picture())
+    with pytest.raises(UserError, match=words.format(root=tmp_path)):
+        load_cases(tmp_path / folder)
+
+
 def test_missing_layout_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="missing"):
         load_cases(tmp_path / "nowhere")

@@ -15,7 +15,7 @@ import torch
 from fewmask.config import RunSection
 from fewmask.engine import fit
 from fewmask.engine.checkpoint import checkpoints
-from fewmask.engine.fit import accelerator_for, resolve_precision
+from fewmask.engine.device import accelerator_for, resolve_precision
 from fewmask.engine.stage import CLOCKS
 from fewmask.types import Interrupted, UserError
 from tests.engine.tiny import BATCH, TinyObjective, TinyStream, train
@@ -262,6 +262,19 @@ def test_the_log_says_what_happened(tmp_path):
         assert line["twice"] == pytest.approx(2 * line["loss"], rel=1e-5)
         assert line["images_per_s"] > 0
         assert 0 <= line["data_wait"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("num", "told"),
+    [(10, None), (6, "in which 6 images are seen 2 times each"), (1, "in which 1 image is all it sees")],
+)
+def test_an_epoch_that_shows_each_image_often_is_told(tmp_path, capsys, num, told):
+    stream = TinyStream()
+    stream.num_images = num
+    train(tmp_path, stream=stream, epochs=1)
+    err = capsys.readouterr().err
+    assert ("an epoch here is 3 batches of 4" in err) is (told is not None)
+    assert (told or "") in err
 
 
 def test_two_seeds_differ_and_one_seed_repeats(tmp_path):

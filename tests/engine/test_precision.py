@@ -9,7 +9,7 @@ import torch
 
 from fewmask.config import RunSection
 from fewmask.engine import fit
-from fewmask.engine.fit import accelerator_for, resolve_precision
+from fewmask.engine.device import accelerator_for, resolve_precision
 from fewmask.types import UserError
 
 QUESTIONS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

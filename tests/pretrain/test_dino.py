@@ -87,6 +87,12 @@ def test_either_encoder_can_be_kept():
     assert (subject := dino(keep="teacher")).product() is subject.teacher.encoder
 
 
+def test_global_crops_cover_what_the_code_advises_with_and_without_local_ones():
+    for num_local, scale in ((0, (0.14, 1.0)), (2, (0.4, 1.0))):
+        assert dino(num_local=num_local).views().scale == scale
+    assert dino(crop_scale=(0.3, 0.9)).views().scale == (0.3, 0.9)
+
+
 def test_local_crops_are_whole_strides():
     assert dino(num_local=1).crop_views.local_size == 16
     assert dino("resnet18", num_local=1).crop_views.local_size == 32

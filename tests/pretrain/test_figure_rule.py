@@ -347,3 +347,13 @@ def test_a_threshold_that_explains_little_tells_nothing():
     assert find_figure(noise, anything)[1]
     assert not find_figure(noise, anything._replace(min_explained=0.8))[1]
     assert find_figure(painted(disc()), anything._replace(min_explained=0.8))[1]
+
+
+def test_the_rule_is_the_same_inside_a_training_in_half_precision():
+    image = painted(disc((44, 50), 20))
+    want = find_figure(image, RULE)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = find_figure(image, RULE)
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])
+    assert want[1].item()

@@ -169,7 +169,7 @@ def test_test_images_that_were_seen_before_are_told_where_the_figure_is(make_run
     record["data"] = {**(record.get("data") or {}), "test_images_seen": 7}
     (run / "run.json").write_text(json.dumps(record))
     page = page_of(run)
-    assert "on 90 test images, 7 of which it saw in pre-training, without their masks;" in page.all("h1")[0].text
+    assert "on 90 test images, 7 of which it or its teacher saw before, without their masks;" in page.all("h1")[0].text
     assert "has seen 7 of the test images, without their masks: the figure may flatter it" in page.text
     assert "never used in training" not in page.text
 
