@@ -193,7 +193,7 @@ def _images_text(table: Found) -> list[str]:
         lines += [
             "",
             f"Kept out of {where}: {out['test']} test images, {out['near_duplicates']} copies of one, "
-            f"{out['same_group']} of the same patient or lesion.",
+            f"{out['same_group']} of the same patient or lesion{_validation(out)}.",
         ]
     if (pairs := table["duplicates"]) is not None:
         lines += [
@@ -202,6 +202,11 @@ def _images_text(table: Found) -> list[str]:
             f"{pairs['test_and_trained_on']} of a test image and one with a mask in another split (left as published).",
         ]
     return lines
+
+
+def _validation(out: Found) -> str:
+    """Return how many validation images were kept out; runs of earlier versions do not say."""
+    return f", and {out['validation']} validation images" if "validation" in out else ""
 
 
 def _losses_text(losses: Mapping[str, Mapping[str, Found]]) -> list[str]:

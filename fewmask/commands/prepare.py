@@ -93,6 +93,7 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
         validation=[index[c.name] for c in kept if c.split == "val" and c.mask is not None],
         body=[index[c.name] for c in kept if uses[c.name] in ("labelled", "unlabelled") and c.name not in copies],
         excluded={
+            "validation": sum(use == "validation" for use in uses.values()),
             "test": sum(use == "excluded-test" for use in uses.values()),
             "near_duplicates": len(copies),
             "same_group": sum(use == "excluded-group" for use in uses.values()),

@@ -125,6 +125,7 @@ class Run:
             finished = bool(begun) and old.get("status") == "done" and old.get("verb") == self.verb
             facts = {key: value for key, value in self._facts(old).items() if not (finished and key in _MADE_BY)}
             self.info: dict[str, Any] = {**old, **facts, "status": "running"}
+            self.info.pop("reason", None)
             self.save()
         except BaseException:
             self._release()
@@ -139,6 +140,8 @@ class Run:
             signal.signal(number, handler)
         stopped = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
         self.info["status"] = "done" if kind is None else "interrupted" if stopped else "failed"
+        if isinstance(error, UserError):
+            self.info["reason"] = str(error)
         self.info["seconds"] = round(self.spent + self.elapsed, 1)
         self.info["finished"] = _now()
         with contextlib.suppress(UserError):  # the first error is the one to show

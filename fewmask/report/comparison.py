@@ -11,7 +11,8 @@ from fewmask.report.plot import intervals
 from fewmask.report.provenance import flat
 from fewmask.report.reading import Record
 from fewmask.report.results import num_bytes
-from fewmask.report.wording import NONE, count, fixed, number, parameters, size, split_name
+from fewmask.report.training import last_probe, seconds
+from fewmask.report.wording import NONE, count, duration, fixed, method_name, number, parameters, size, split_name
 
 MAX_SETTINGS = 14
 # Where a run was written and for how long it was allowed to work do not make two runs different methods.
@@ -23,7 +24,8 @@ def comparison(records: list[Record]) -> dict[str, Any] | None:
     if len(records) < 2:
         return None
     return {
-        "rows": [_row(record) for record in records],
+        "rows": [_row(record) for record in records] if any(record.split for record in records) else [],
+        "pretrainings": _pretrainings(records),
         "chart": _chart(records),
         "settings": differing_settings(records),
         "warnings": _warnings(records),
@@ -66,6 +68,25 @@ def _row(record: Record) -> dict[str, str]:
         "num_parameters": parameters(export.get("num_parameters")),
         "size": size(num_bytes(export)),
     }
+
+
+def _pretrainings(records: list[Record]) -> list[dict[str, str]]:
+    """Return what each run's pre-training was, of two runs or more; empty where fewer have one."""
+    found = [(record, stage) for record in records if (stage := record.stage("pretrain")) is not None]
+    if len(found) < 2:
+        return []
+    return [
+        {
+            "name": record.name,
+            "method": method_name(str(stage.info.get("method", ""))) or NONE,
+            "num_images": count(stage.info.get("num_images")),
+            "epochs": fixed(number(stage.info.get("epochs")), 1),
+            "steps": count(stage.info.get("steps")),
+            "time": duration(seconds(stage)),
+            "probe": last_probe(stage),
+        }
+        for record, stage in found
+    ]
 
 
 def _difference(record: Record) -> str:

@@ -100,7 +100,8 @@ def _group(name: str, rows: list[list[tuple[str, Path]]]) -> dict[str, Any]:
         return {"title": title(name), "note": NOTES[name], "rows": [_strip(name, path) for [(_, path)] in rows]}
     shown = [[_preview(*item) for item in sorted(row, key=_shown_order)] for row in rows]
     names = {only for row in rows for only, _ in row}
-    return {"title": title(names.pop()) if len(names) == 1 else "", "note": "", "rows": shown}
+    only = names.pop() if len(names) == 1 else ""
+    return {"title": title(only) if only else "", "note": NOTES.get(only, ""), "rows": shown}
 
 
 def _shown_order(item: tuple[str, Any]) -> tuple[int, str]:

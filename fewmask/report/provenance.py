@@ -43,9 +43,15 @@ def status(record: Record) -> dict[str, str]:
         "done": "",
         "interrupted": f"This run was interrupted{where}. The same command resumes it.",
         "running": "This run had not ended when the report was made, or its process was killed.",
-        "failed": f"This run failed{where}. What follows is what it left.",
+        "failed": f"This run failed{where}{_reason(record)} What follows is what it left.",
     }
     return {"word": word, "sentence": sentences.get(word, f"The state of this run is “{word}”.")}
+
+
+def _reason(record: Record) -> str:
+    """Return why a run ended, in its own words, where it says so."""
+    reason = record.run.get("reason")
+    return f": {reason.rstrip('.')}." if isinstance(reason, str) and reason else "."
 
 
 def pretraining(record: Record) -> list[tuple[str, str]]:
@@ -57,6 +63,7 @@ def pretraining(record: Record) -> list[tuple[str, str]]:
     excluded = excluded if isinstance(excluded, dict) else {}
     facts = [
         ("Images used", count(stage.info.get("num_images"))),
+        ("Validation images kept out", count(excluded.get("validation"))),
         ("Test images kept out", count(excluded.get("test"))),
         ("Near-duplicates of test images kept out", count(excluded.get("near_duplicates"))),
         ("Other images of test patients kept out", count(excluded.get("same_group"))),

@@ -156,6 +156,8 @@ def _unevaluated(record: Record) -> tuple[str, str]:
         how = "" if finished(last) else ", partly"
         kind = "A segmenter" if last.info.get("product") == "segmenter" else "An encoder"
         what = kind if finished(last) else "A network"  # which kind is written down at the end
+        if last.info.get("steps") == 0:
+            return what, " as it was at the start: no step of pre-training was made. No segmenter was evaluated."
         return what, f"{how} pre-trained{f' with {method}' if method else ''}{on}. No segmenter was evaluated."
     if best is None:
         return "No result yet", f": {stage_name(last.name).lower()} was started, and nothing was evaluated."

@@ -147,6 +147,11 @@ def rate_chart(stage: Stage) -> Chart | None:
     return {"title": "Learning rate", "svg": svg, "note": "", "legend": []}
 
 
+def last_probe(stage: Stage) -> str:
+    """Return the balanced accuracy of the last probe, a dash where there was none."""
+    return fixed(stage.probes[-1].get("knn_balanced_accuracy") if stage.probes else None, 3)
+
+
 def stage_facts(stage: Stage) -> list[tuple[str, str]]:
     """Return what a stage did in label and value: method, images, length, time, speed, waiting, device."""
     info, speed, wait = stage.info, _middle(stage.steps, "images_per_s"), _mean(stage.steps, "data_wait")

@@ -123,7 +123,7 @@ def test_what_a_test_image_is_linked_to_is_not_learnt_from_where_no_split_can_be
     write_rows(data / "manifest.csv", rows)
     ready = made_ready(data, tmp_path / "run", needs_masks=False)
     assert len(ready.body) == len(rows) - 3
-    assert ready.excluded == {"test": 2, "near_duplicates": 1, "same_group": 0}
+    assert ready.excluded == {"validation": len(ready.validation), "test": 2, "near_duplicates": 1, "same_group": 0}
 
 
 def test_test_images_patients_are_not_learnt_from_where_no_split_can_be_drawn(data, tmp_path):

@@ -103,6 +103,21 @@ def test_a_finished_run_stays_what_made_it_and_an_unfinished_one_says_who_went_o
     assert gone_on["command"] != "fewmask distill old"
 
 
+def test_a_failed_run_keeps_the_reason_until_it_is_resumed(tmp_path):
+    def saved():
+        facts = json.loads((tmp_path / "run.json").read_text())
+        return facts["status"], facts.get("reason")
+
+    with pytest.raises(UserError), Run(tmp_path, "test", {}):
+        raise UserError("The loss became nan.")
+    assert saved() == ("failed", "The loss became nan.")
+    with Run(tmp_path, "test", {}):
+        assert saved() == ("running", None)
+    with pytest.raises(ValueError, match="a fault"), Run(tmp_path, "test", {}):
+        raise ValueError("a fault")  # of the program, whose words are for its authors
+    assert saved() == ("failed", None)
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     with Run(tmp_path, "test", {}), pytest.raises(UserError, match="Another run works in"):
         train(tmp_path)

@@ -267,6 +267,39 @@ def test_several_runs_begin_with_a_comparison(make_run: MakeRun) -> None:
     assert "pretrain.lr" not in differing
 
 
+def test_pre_trainings_alone_are_set_side_by_side_without_a_table_of_dashes(make_run: MakeRun) -> None:
+    bare = ("metrics", "cases", "pictures", "export", "finetune")
+    runs = [make_run("first", without=bare), make_run("second", without=bare)]
+    facts = json.loads((runs[0] / "pretrain" / "stage.json").read_text())
+    write(runs[0] / "pretrain" / "stage.json", {**facts, "method": "g2ll", "epochs": 4.75, "num_images": 10380})
+    with (runs[0] / "pretrain" / "log.jsonl").open("a") as log:
+        for value in (0.25, 0.375):
+            print(json.dumps({"kind": "probe", "step": 1, "epoch": 1, "knn_balanced_accuracy": value}), file=log)
+    page = page_of(*runs)
+    assert "Missed" not in [e.text for e in page.all("th")]
+    cells = [e.text for e in page.all("td")]
+    assert cells[:3] == ["G2LL", "10,380", "4.8"]
+    assert "0.375" in cells
+    alone = page_of(runs[0], make_run("third", without=("pretrain",)))
+    assert "Probe" not in [e.text for e in alone.all("th")]
+    assert "Missed" in [e.text for e in alone.all("th")]
+
+
+def test_a_failed_run_says_why(make_run: MakeRun) -> None:
+    run = make_run(status="failed", without=("metrics", "cases", "pictures", "export"))
+    facts = json.loads((run / "run.json").read_text())
+    write(run / "run.json", {**facts, "reason": "The loss became nan at step 7."})
+    (alert,) = page_of(run).all("p", class_="alert")
+    assert "failed: The loss became nan at step 7. What follows" in alert.text
+
+
+def test_a_pre_training_of_no_steps_is_not_called_one(make_run: MakeRun) -> None:
+    run = make_run(without=("metrics", "cases", "pictures", "export", "finetune"))
+    facts = json.loads((run / "pretrain" / "stage.json").read_text())
+    write(run / "pretrain" / "stage.json", {**facts, "steps": 0, "epochs": 0.0})
+    assert "no step of pre-training was made" in page_of(run).all("h1")[0].text
+
+
 def test_runs_differ_by_the_method_that_a_chain_has_taken_by_itself(make_run: MakeRun) -> None:
     runs = [make_run("asked"), make_run("taken")]
     before = [e.text for e in page_of(*runs).all("code")]
