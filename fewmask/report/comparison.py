@@ -26,6 +26,7 @@ def comparison(records: list[Record]) -> dict[str, Any] | None:
     return {
         "rows": [_row(record) for record in records] if any(record.split for record in records) else [],
         "pretrainings": _pretrainings(records),
+        "probed": any(stage.probes for record in records if (stage := record.stage("pretrain")) is not None),
         "chart": _chart(records),
         "settings": differing_settings(records),
         "warnings": _warnings(records),

@@ -280,6 +280,9 @@ def test_pre_trainings_alone_are_set_side_by_side_without_a_table_of_dashes(make
     cells = [e.text for e in page.all("td")]
     assert cells[:3] == ["G2LL", "10,380", "4.8"]
     assert "0.375" in cells
+    unasked = page_of(make_run("fourth", without=bare), make_run("fifth", without=bare))
+    assert "Epochs" in [e.text for e in unasked.all("th")]
+    assert "Probe" not in [e.text for e in unasked.all("th")]
     alone = page_of(runs[0], make_run("third", without=("pretrain",)))
     assert "Probe" not in [e.text for e in alone.all("th")]
     assert "Missed" in [e.text for e in alone.all("th")]
