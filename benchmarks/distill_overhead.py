@@ -1,6 +1,6 @@
 """What a step of distillation costs beside the student's own step and the teacher's forward.
 
-    python benchmarks/distill_overhead.py --threads 1 --clock cpu --out benchmarks/results
+    python -m benchmarks.distill_overhead --threads 1 --clock cpu --out benchmarks/results
 
 Each step is `engine.fit`'s own, views, clipping and averaging included, on one fixed batch; the parts take turns in one
 process and medians over the rounds are compared. `ratio` is a step with a loss over the sum of the student's step alone
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from throughput import build_loop, one_step, raw_batch, take_turns
 
+from benchmarks.throughput import build_loop, one_step, raw_batch, take_turns
 from fewmask.config import RunSection, StageSection
 from fewmask.data.augment import PlainViews
 from fewmask.distill.distill import Distill

@@ -1,6 +1,6 @@
 """Kill -9 at random moments of pre-training and of fine-tuning, resume, and compare the weights bit by bit.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 20 --out benchmarks/results
+    OMP_NUM_THREADS=1 python -m benchmarks.kill_resume --kills 20 --out benchmarks/results
 
 Each kill starts from an empty folder, waits for a random moment of the training, sends SIGKILL, runs the same command
 again until it ends, and compares `model.safetensors` with the uninterrupted run's. Processes are forked from one that
@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import fewmask.commands.verbs  # imported before forking
-from fewmask.__main__ import main as fewmask
+from fewmask.__main__ import main as command_line
 from fewmask.data.synthetic import make_dataset
 
 STAGES = {
@@ -44,7 +43,7 @@ def start(stage: str, data: Path, run: Path) -> int:
     os.dup2(silence, 2)
     sys.argv = ["fewmask", *STAGES[stage], *settings]
     try:
-        fewmask()
+        command_line()
     except SystemExit as leaving:
         os._exit(int(leaving.code or 0))
     os._exit(0)

@@ -1,6 +1,6 @@
 """How long light segmenters take for one image on one CPU thread, in ONNX Runtime.
 
-    taskset -c 0 python benchmarks/latency.py --rounds 40 --out benchmarks/results
+    taskset -c 0 python -m benchmarks.latency --rounds 40 --out benchmarks/results
 
 Ours beside public ones that a `pip install` gives: segmentation-models-pytorch's decoders on mobile encoders, its
 SegFormer, and torchvision's LR-ASPP. Weights are random, on which the time does not depend. All go through fewmask's
@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ class Public(nn.Module):
         return SegOutput(output["out"] if isinstance(output, dict) else output, [])
 
 
+def ours_of(segmenter: str, encoder: str, size: int) -> nn.Module:
+    """Return one of fewmask's networks."""
+    return build_segmenter(segmenter, build_encoder(encoder, size=size))
+
+
+def smp_of(decoder: str, encoder: str) -> nn.Module:
+    """Return one of segmentation-models-pytorch's networks."""
+    return Public(getattr(smp, decoder)(f"tu-{encoder}", encoder_weights=None, classes=1))
+
+
 def candidates(size: int) -> dict[str, Callable[[], nn.Module]]:
     """Return what is compared, by the name in the table: calls that build a network for images of `size` pixels."""
     ours = {
@@ -62,14 +73,11 @@ def candidates(size: int) -> dict[str, Callable[[], nn.Module]]:
         "fewmask mobile_unet, efficientnet_lite0": ("mobile_unet", "efficientnet_lite0"),
     }
     found: dict[str, Callable[[], nn.Module]] = {
-        name: lambda s=segmenter, e=encoder: build_segmenter(s, build_encoder(e, size=size))
-        for name, (segmenter, encoder) in ours.items()
+        name: partial(ours_of, segmenter, encoder, size) for name, (segmenter, encoder) in ours.items()
     }
     for decoder in DECODERS:
         for encoder in MOBILE:
-            found[f"smp {decoder}, {encoder}"] = lambda d=decoder, e=encoder: Public(
-                getattr(smp, d)(f"tu-{e}", encoder_weights=None, classes=1)
-            )
+            found[f"smp {decoder}, {encoder}"] = partial(smp_of, decoder, encoder)
     found["smp Segformer, mit_b0"] = lambda: Public(smp.Segformer("mit_b0", encoder_weights=None, classes=1))
     found["torchvision LR-ASPP, mobilenet_v3_large"] = lambda: Public(
         lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=1)
@@ -164,7 +172,7 @@ def main() -> None:
     for name, build in candidates(args.size).items():
         sessions[name], facts[name] = prepare(build, args.size, args.threads)
         print(f"ready: {name}", flush=True)
-    result = {
+    result: dict[str, Any] = {
         "conditions": conditions(args),
         "rows": summarise(measure(sessions, args.size, args.rounds, args.calls), facts),
     }

@@ -1,6 +1,6 @@
 """How well light segmenters of PyPI do beside `tiny_unet`: same loop, images and seconds, no trained weights.
 
-    python benchmarks/light_segmenters.py DATA --manifest manifest_isic2017.csv --time 150s --runs RUNS
+    python -m benchmarks.light_segmenters DATA --manifest manifest_isic2017.csv --time 150s --runs RUNS
 
 `latency.py` says how fast they are. Those that come with ImageNet weights do better with them; here none has any, as
 `tiny_unet` has none. Each is trained as the recipe `unet` says, alone, with the better of `--lr` by validation, and
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from latency import REFERENCE, candidates
 
+from benchmarks.latency import REFERENCE, candidates
 from fewmask.commands.prepare import prepare
 from fewmask.commands.stages import configure_torch, with_precision
 from fewmask.config import load_recipe, parse_time

@@ -1,6 +1,6 @@
 """What structure costs: masks and exterior conversion as shares of a training step, and SLIC for a folder of images.
 
-    python benchmarks/masks.py --data DATA --num 1000 --threads 1 --out benchmarks/results
+    python -m benchmarks.masks --data DATA --num 1000 --threads 1 --out benchmarks/results
 
 Each step is `engine.fit`'s own, views included, at the settings of the shipped recipe; the parts are timed inside it,
 in the same process. A mask that follows superpixels costs its choice and, in the views, moving the label map with the
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from throughput import build_loop, build_objective, one_step, raw_batch, take_turns
 
+from benchmarks.throughput import build_loop, build_objective, one_step, raw_batch, take_turns
 from fewmask.config import RunSection, load_recipe
 from fewmask.data.cache import build_cache
 from fewmask.data.contents import default_cache_folder

@@ -4,7 +4,7 @@ The plain side is a script as one finds it in tutorials: segmentation-models-pyt
 ImageNet weights, 128x128, images decoded once into memory, flips, AdamW, cross-entropy + Dice, the last weights kept.
 Both sides are scored by the same function on the same test images at native size.
 
-    python benchmarks/plain_unet.py DATA --manifest manifest_isic2017.csv --minutes 10 --out benchmarks/results
+    python -m benchmarks.plain_unet DATA --manifest manifest_isic2017.csv --minutes 10 --out benchmarks/results
 
 Run it on an otherwise idle machine. The two trainings follow one another; `--first` says which side begins.
 """
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import segmentation_models_pytorch as smp
@@ -50,7 +51,7 @@ class Plain(torch.nn.Module):
     def __init__(self, weights: str = "packaged") -> None:
         super().__init__()
         self.network = smp.Unet("tu-efficientnet_lite0", encoder_weights=None, classes=1)
-        start = build_segmenter("unet", build_encoder("efficientnet_lite0", weights, size=SIZE))
+        start: Any = build_segmenter("unet", build_encoder("efficientnet_lite0", weights, size=SIZE))
         self.scale = start.encoder.input_affine
         body, encoder = start.encoder.body, self.network.encoder
         encoder.load_state_dict(body.state_dict())
@@ -84,7 +85,7 @@ def plain(
     rng = np.random.default_rng(seed)
     train = label_subset(train, fraction, seed)  # the images that fewmask chooses
     images = torch.stack([torch.from_numpy(resize_image(read_image(c.image), SIZE)) for c in train])
-    masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train])
+    masks = torch.stack([torch.from_numpy(resize_mask(read_mask(c.mask).mask, SIZE)) for c in train if c.mask])
     network = Plain(weights)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr)
     began, seen = time.perf_counter(), 0

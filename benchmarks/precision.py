@@ -1,6 +1,6 @@
 """What a training step takes in bf16, as a share of the time in fp32, on this machine's processor.
 
-    python benchmarks/precision.py --threads 1 --clock cpu --out benchmarks/results
+    python -m benchmarks.precision --threads 1 --clock cpu --out benchmarks/results
 
 Each step is `engine.fit`'s own on one fixed batch, views included. A network's two precisions take turns in one process
 and medians over the rounds are compared. `engine.device.resolve_precision` chooses by such figures.
@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from distill_overhead import build
-from throughput import build_loop, build_objective, one_step, raw_batch, take_turns
 
+from benchmarks.distill_overhead import build
+from benchmarks.throughput import build_loop, build_objective, one_step, raw_batch, take_turns
 from fewmask.config import StageSection
 from fewmask.engine.fit import Fit
 from fewmask.engine.run import versions, write_json

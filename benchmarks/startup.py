@@ -1,6 +1,6 @@
 """How long a user waits for `--help` and for one mask: whole processes, by the clock.
 
-    python benchmarks/startup.py MODEL.onnx PHOTO.jpg --out benchmarks/results
+    python -m benchmarks.startup MODEL.onnx PHOTO.jpg --out benchmarks/results
 
 `predict` runs with torch made unimportable, as on a small computer that has only NumPy, Pillow and ONNX Runtime.
 """

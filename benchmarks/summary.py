@@ -1,6 +1,6 @@
 """Write the README's results and pictures from the JSON files under `benchmarks/results`.
 
-python benchmarks/summary.py
+python -m benchmarks.summary
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def students() -> list[str]:
         for fraction in sorted({cell["fraction"] for cell in found["rows"]}):
             key = (found["student"], found.get("protocol", "ISIC-2017"), fraction)
             tables.setdefault(key, []).append(found)
-    for (student, protocol, fraction), found in sorted(tables.items()):
+    for (student, protocol, fraction), measured in sorted(tables.items()):
         # Gains are paired within a table; Dice is that of the table in which `distill` stands, else of the first.
-        first = max(found, key=lambda table: bool(gain(table, DISTILL, fraction, "alone")))
+        first = max(measured, key=lambda table: bool(gain(table, DISTILL, fraction, "alone")))
         dice = [dice_of(first, row, fraction) for row in ("teacher", "alone", DISTILL)]
-        gains = [next(filter(None, (gain(t, row, fraction, "alone") for t in found)), "") for row in LOSSES]
+        gains = [next(filter(None, (gain(t, row, fraction, "alone") for t in measured)), "") for row in LOSSES]
         lines.append(f"| {' | '.join([student, protocol, f'{100 * fraction:g} %', *dice, *gains])} |")
     return lines
 

@@ -1,7 +1,7 @@
 """Images per second of a training step: fewmask's MAE and DINO beside `lightly`'s, and every method beside its FLOPs.
 
     python -m pip install --no-deps --target LIGHTLY lightly==1.6.0 lightning_utilities
-    PYTHONPATH=LIGHTLY python benchmarks/throughput.py --threads 1 --out benchmarks/results
+    PYTHONPATH=LIGHTLY python -m benchmarks.throughput --threads 1 --out benchmarks/results
 
 lightly (MIT) is not a dependency of fewmask. Its side is the training loop of its documented PyTorch examples (`mae`,
 `dino`), with AdamW on both sides and the same ViT, heads, decoder, mask ratio, batch and precision. fewmask's side is
@@ -22,11 +22,11 @@ import platform
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ class LightlyDINO(nn.Module):
             update_momentum(student, teacher, m=0.996)
 
 
-def plain_vit(encoder: str, size: int, pool: str) -> VisionTransformer:
+def plain_vit(encoder: str, size: int, pool: Literal["", "token"]) -> VisionTransformer:
     """Return timm's ViT of the shape of a fewmask encoder."""
     shape = VIT_SHAPES[encoder]
     return VisionTransformer(
@@ -229,7 +229,7 @@ def lightly_views(method: str, size: int, raw: Batch) -> Step:
     return augment
 
 
-def take_turns(sides: dict[str, Step], rounds: int, now: Callable[[], float]) -> dict[str, float]:
+def take_turns(sides: Mapping[str, Step], rounds: int, now: Callable[[], float]) -> dict[str, float]:
     """Return the median seconds of each side's call; the sides alternate, after one call each that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -258,7 +258,7 @@ def compare(name: str, encoder: str, size: int, precision: str, args: argparse.N
     steps = take_turns(
         {"fewmask": partial(one_step, loop), "lightly": lightly_step(model, views, precision)}, args.rounds, now
     )
-    own = {"fewmask": partial(objective.views(), raw), "lightly": lightly_views(method, size, raw)}
+    own: dict[str, Step] = {"fewmask": partial(objective.views(), raw), "lightly": lightly_views(method, size, raw)}
     augmentation = take_turns(own, args.rounds, now)
     rates = {side: args.batch / steps[side] for side in steps}
     both = {side: args.batch / (steps[side] + augmentation[side]) for side in steps}
@@ -288,14 +288,14 @@ def convolution_backward_flops(
 
     torch's own count leaves out that a grouped convolution sees its group only.
     """
-    *_, transposed, _padding, _groups, wanted = rest[:8]
+    *_before, transposed, _padding, _groups, wanted = rest[:8]
     pixels = math.prod(x_shape if transposed else grad_shape)
     return 2 * pixels * math.prod(weight_shape[1:]) * sum(wanted[:2])
 
 
 def count_flops(step: Step) -> int:
     """Return the FLOPs of the products, convolutions and attentions in a call."""
-    custom = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    custom: dict[Any, Any] = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
         step()
     return counter.get_total_flops()
