@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import fewmask.commands.verbs  # noqa: F401 - imported before forking
 from fewmask.__main__ import main as command_line
 from fewmask.data.synthetic import make_dataset
 

@@ -163,7 +163,7 @@ def main() -> None:
         sides[side]["test"] = summarise(rows[side])
         print(side, json.dumps({k: v for k, v in sides[side].items() if k != "test"}), sides[side]["test"]["dice"])
     result = {
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m benchmarks.plain_unet", *sys.argv[1:]]),
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
         "minutes": args.minutes,

@@ -73,7 +73,7 @@ Step = Callable[[], object]
 class Fixed:
     """A loader that always gives the same batch."""
 
-    steps_per_epoch = 1000
+    steps_per_epoch, rounds = 1000, 1.0
 
     def __init__(self, batch: Batch) -> None:
         self.value, self.num_images = batch, len(batch.image)

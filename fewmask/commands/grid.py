@@ -16,7 +16,7 @@ from fewmask.commands.jobs import Job
 from fewmask.commands.select import candidates, check_shares
 from fewmask.commands.stages import with_precision
 from fewmask.commands.tables import TABLES, Ensemble, MultiTask, Pretrained, Row, Single, Student, Table, Teacher
-from fewmask.config import Recipe, SelectSection, load_recipe
+from fewmask.config import Recipe, SelectSection, load_recipe, recipes_with
 from fewmask.registry import choose
 from fewmask.types import UserError
 
@@ -297,7 +297,12 @@ def place_order(
     values = {key.removeprefix("grid."): value for key, value in defaults.items() if key.startswith("grid.")}
     grid = grid_of(values, settings)
     if what.distils:
-        load_recipe(grid.student).stage("distill")  # before settings are written into a section it may not have
+        student = load_recipe(grid.student)  # before settings are written into a section it may not have
+        if student.distill is None:
+            raise UserError(
+                f"grid.student={grid.student} has no [distill] section; choose one that has: "
+                f"{', '.join(recipes_with('distill'))}."
+            )
     order = Order(table, budget, grid, out, data, manifest, tuple(unlabelled), tuple(settings))
     if what.selects:
         wanted = list(candidates(order.selects))  # a wrong task is told at once

@@ -232,7 +232,9 @@ def _percent(fraction: float) -> str:
 
 
 def _masks(row: Found) -> str:
-    """Return a row's share of the masks, and how many these are."""
+    """Return a row's share of the masks, and how many these are where that is known."""
+    if not row["num_masks"]:
+        return _percent(row["fraction"])
     few, many = row["num_masks"][0], row["num_masks"][-1]
     return f"{_percent(row['fraction'])} ({few if few == many else f'{few} to {many}'})"
 

@@ -14,6 +14,7 @@ from fewmask.config import ModelSection, Recipe
 from fewmask.finetune import FINETUNERS
 from fewmask.models.vit import VIT_SHAPES
 from fewmask.pretrain import PRETRAINERS
+from fewmask.pretrain.dino import GLOBAL_SCALE
 
 NOT_SAID = "not said"
 BY_ROW = "what the row is named for"
@@ -277,4 +278,6 @@ def _method(recipe: Recipe, stage: str) -> dict[str, Any]:
     for key, as_encoder in (("decoder_dim", "dim"), ("decoder_heads", "heads")):
         if key in settings and settings[key] is None and shape is not None:
             settings[key] = getattr(shape, as_encoder)
+    if given["name"] == "dino" and settings["crop_scale"] is None:
+        settings["crop_scale"] = GLOBAL_SCALE[settings["num_local"] > 0]
     return {"name": given["name"], **{key: settings[key] for key in settings if key not in _EXEMPT_OF_METHODS}}

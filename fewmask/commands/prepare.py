@@ -43,8 +43,8 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     """Load, audit, split and cache the data; writes audit.json and cases.csv into the run.
 
     Unless `needs_masks`, data without any mask are not split, and masks too few to be split are left aside. Raises a
-    UserError when the audit finds errors, when the data are not those the run began with, when there are too few masks
-    to train and to validate on, or when a model that the recipe names has learnt from a test image.
+    UserError when the audit finds errors, when the data are not those the run has learnt from, when there are too few
+    masks to train and to validate on, or when a model that the recipe names has learnt from a test image.
     """
     settings = recipe.data
     if settings.root is None:
@@ -53,7 +53,7 @@ def prepare(run: Run, recipe: Recipe, needs_masks: bool = True) -> Prepared:
     facts = _facts(cases, settings)
     run.compare_data(facts)
     found = audited(run.folder / "audit.json", cases, facts["fingerprint"], cache_folder(recipe), needs_masks)
-    run.record_data(facts)  # only now: data that were found faulty are to be mended, and may then differ
+    run.record_data(facts)
     linked = [(a, b) for a, b, _ in found["duplicates"]]
     if settings.num_folds or settings.fold:
         cases = hold_out_fold(cases, settings.num_folds, settings.fold, settings.split_seed, linked)

@@ -110,10 +110,13 @@ def used_ids(run: Path) -> dict[str, str]:
     return {identifier: use for identifier, use in found.items() if identifier is not None}
 
 
-def num_masks(run: Path) -> int:
-    """Return how many masks a run was given to learn from, by its cases.csv."""
-    with (run / "cases.csv").open(newline="", encoding="utf-8") as file:
-        return sum(row["use"] == "labelled" for row in csv.DictReader(file))
+def num_masks(run: Path) -> int | None:
+    """Return how many masks a run was given to learn from, by its cases.csv; None without the file."""
+    path = run / "cases.csv"
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        return sum(row.get("use") == "labelled" for row in csv.DictReader(file))
 
 
 def learnt_ids(models: Sequence[Path]) -> set[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fewmask.commands.grid import EQUAL_WEIGHT, Order, cells
-from fewmask.commands.jobs import scored
 from fewmask.commands.tables import MultiTask
 
+CELL = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)-(\d+)")  # the folder of a share of the masks and a seed
 STATEMENTS = (
     "Figures are means over images and seeds, at the masks' own size but for those marked 256 (at 256x256 pixels). "
     "HD95 counts a lesion without any predicted pixel as the image's diagonal.",
@@ -90,8 +91,10 @@ def _not_asked_for(order: Order) -> dict[str, list[str]]:
     asked = {order.folder(*cell) for cell in cells(order)}
     found: dict[str, list[str]] = {}
     for row in order.what.rows:
-        folders = (path for path in (order.out / row).glob("*-*") if path not in asked and "test" in scored(path))
-        runs = sorted((float(share), int(seed)) for share, _, seed in (path.name.rpartition("-") for path in folders))
+        named = ((path, CELL.fullmatch(path.name)) for path in (order.out / row).glob("*-*") if path not in asked)
+        runs = sorted(
+            (float(cell[1]), int(cell[2])) for path, cell in named if cell and (path / "metrics.json").exists()
+        )
         if runs:
             found[row] = [f"{100 * share:g} %, seed {seed}" for share, seed in runs]
     return found

@@ -153,11 +153,12 @@ def survey(order: Order, unseen: Path | None) -> tuple[Scene, list[Case]]:
 def _teachers_known(order: Order) -> dict[str, list[str]]:
     """Return the content of the given teachers; by cell where they differ, so that seeds may be added later."""
     if not order.grid.teachers:
-        return {}
+        return {"teachers": []} if order.what.distils else {}
     if not order.teachers_differ:
         return {"teachers": fingerprints(order.grid.teachers)}
     each = product(order.fractions, range(order.grid.seeds))
-    return {f"teachers {fraction:g}-{seed}": fingerprints(order.teachers(fraction, seed)) for fraction, seed in each}
+    own = {f"teachers {fraction:g}-{seed}": fingerprints(order.teachers(fraction, seed)) for fraction, seed in each}
+    return {"teachers": ["a cell's own"], **own}
 
 
 def _not_to_run(order: Order, cases: Sequence[Case]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +19,7 @@ from fewmask.commands.papers import PAPERS, Paper, deviations
 from fewmask.commands.provenance import num_masks
 from fewmask.commands.remarks import remarks
 from fewmask.commands.select import SELECTION
-from fewmask.commands.tables import MultiTask, Student
+from fewmask.commands.tables import MultiTask, Student, Teacher
 from fewmask.config import Recipe
 from fewmask.engine.run import read_json
 from fewmask.evaluate.results import Row
@@ -64,8 +64,7 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         for (row, fraction), by_seed in results.items():
             theirs = paper.figures.get(name, {}).get(row, {}).get(fraction)
             cell = describe_cell(by_seed, order.what.columns, _is_pooled(order, name))
-            masks = sorted({num_masks(order.folder(row, fraction, seed)) for seed in by_seed})
-            about = {"set": name, "row": row, "fraction": fraction, "num_masks": masks}
+            about = {"set": name, "row": row, "fraction": fraction, "num_masks": _masks(order, row, fraction, by_seed)}
             rows.append({**about, **cell, "paper": theirs})
         differences += [{"set": name, **found} for found in _differences(order, results, _is_pooled(order, name))]
     trainings, distillations = _trainings(order, left_out), _distillations(order, left_out)
@@ -80,6 +79,14 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
         "deviations": _all_deviations(order, scene, trainings, left_out),
         "statements": remarks(order, rows),
     }  # fmt: skip
+
+
+def _masks(order: Order, row: str, fraction: float, seeds: Iterable[int]) -> list[int]:
+    """Return how many masks the trainings of a cell had, each number once; none of what a given teacher had."""
+    if isinstance(order.what.rows[row], Teacher) and order.grid.teachers:
+        return []
+    found = {num_masks(order.folder(row, fraction, seed)) for seed in seeds}
+    return sorted(number for number in found if number is not None)
 
 
 def _is_pooled(order: Order, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -70,7 +71,10 @@ def load_cases(root: Path, manifest: Path | None = None, unlabelled: Sequence[Pa
 
 def _where_images_go(root: Path) -> str:
     """Return what to do about a folder that is not laid out as one of images and masks."""
-    own = next((file for file in sorted(root.iterdir()) if file.is_file() and is_picture(file)), None)
+    own = None
+    with contextlib.suppress(OSError):  # a folder that cannot be listed
+        files = (file for file in sorted(root.iterdir()) if not _is_clutter(file.name))
+        own = next((file for file in files if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()), None)
     if own is None:
         return f"put images in {root}/images and masks in {root}/masks."
     if root.resolve().name == "images":

@@ -20,7 +20,7 @@ class MixedLoader:
 
     def __init__(self, labelled: Loader, unlabelled: Loader) -> None:
         self.labelled, self.unlabelled = labelled, unlabelled
-        self.steps_per_epoch = labelled.steps_per_epoch
+        self.steps_per_epoch, self.rounds = labelled.steps_per_epoch, labelled.rounds
         self.num_images = labelled.num_images + unlabelled.num_images
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
@@ -51,7 +51,7 @@ class PairedLoader:
 
     def __init__(self, main: Loader, other: Loader) -> None:
         self.main, self.other = main, other
-        self.steps_per_epoch = main.steps_per_epoch
+        self.steps_per_epoch, self.rounds = main.steps_per_epoch, main.rounds
         self.num_images = main.num_images + other.num_images
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:

@@ -38,6 +38,8 @@ class Stream(Protocol):
 
     steps_per_epoch: int
     num_images: int
+    rounds: float
+    """How often an epoch goes through the images it is counted by, where a least number of steps makes it longer."""
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return this process's part of a global batch."""
@@ -201,13 +203,12 @@ class Fit:
         self.stage.log("checkpoint", step=self.state.step, seconds=self.stage.elapsed - began)
 
     def tell_long_epochs(self) -> None:
-        """Say so where the images are so few that an epoch shows each of them several times."""
-        steps, size, num = self.loader.steps_per_epoch, self.settings.batch_size, self.loader.num_images
-        if not self.state.step and steps * size >= 2 * num:
-            images = (
-                f"{num} images are seen {steps * size / num:.0f} times each" if num > 1 else "1 image is all it sees"
+        """Say so where the images are so few that an epoch goes through them several times."""
+        if self.loader.rounds >= 2 and self.total_steps and not self.state.step:
+            steps, setting = self.loader.steps_per_epoch, f"{self.stage.name}.min_epoch_steps"
+            text = (
+                f"an epoch here is {steps} steps ({setting}): about {self.loader.rounds:.0f} times through the images"
             )
-            text = f"an epoch here is {steps} batches of {size}, in which {images} ({self.stage.name}.min_epoch_steps)"
             Progress(self.stage.name).close(text)
 
     def restore(self) -> None:

@@ -166,7 +166,7 @@ class Run:
     def compare_data(self, facts: dict[str, Any]) -> None:
         """Raise a UserError when the data are not those this run has learnt from; before that they may be mended."""
         old = self.info.get("data")
-        if old and old["fingerprint"] != facts["fingerprint"] and self._begun():
+        if old and old["fingerprint"] != facts["fingerprint"] and self._has_learnt():
             raise UserError(
                 f"The data changed since {self.folder} was started ({old['num_cases']} cases then, "
                 f"{facts['num_cases']} now, or other contents); use another output folder, or put the data back."
@@ -206,6 +206,11 @@ class Run:
     def _begun(self) -> set[str]:
         """Return the stages that have learnt something."""
         return {path.relative_to(self.folder).parts[0] for pattern in _LEARNT for path in self.folder.glob(pattern)}
+
+    def _has_learnt(self) -> bool:
+        """Return whether anything in the folder was learnt from its data, by the candidates of a selection too."""
+        deeper = (path for pattern in _LEARNT for path in self.folder.glob(f"candidates/*/{pattern}"))
+        return bool(self._begun()) or next(deeper, None) is not None
 
     def _check_same(self, old: dict[str, Any], begun: set[str]) -> None:
         for name in self.config if old else ():

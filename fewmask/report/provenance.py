@@ -51,7 +51,8 @@ def status(record: Record) -> dict[str, str]:
 def _reason(record: Record) -> str:
     """Return why a run ended, in its own words, where it says so."""
     reason = record.run.get("reason")
-    return f": {reason.rstrip('.')}." if isinstance(reason, str) and reason else "."
+    first = reason.splitlines()[0].rstrip(".:") if isinstance(reason, str) and reason else ""
+    return f": {first}." if first else "."
 
 
 def pretraining(record: Record) -> list[tuple[str, str]]:

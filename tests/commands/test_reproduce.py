@@ -133,6 +133,7 @@ def test_a_share_says_how_many_masks_it_is(finished, split_data):
 
 def test_what_an_earlier_call_left_in_the_folder_is_told(finished, split_data, unseen, tmp_path):
     out = shutil.copytree(finished, tmp_path / "out")
+    shutil.copytree(out / "random" / "1-0", out / "random" / "1-0-copy")  # somebody's own
     fewer = ("grid.rows=random", "grid.fractions=0.5", "grid.seeds=1", "run.device=cpu")
     assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, out, fewer) == 0
     assert {(row["row"], row["fraction"], len(row["seeds"])) for row in table(out)["rows"]} == {("random", 0.5, 1)}

@@ -25,6 +25,7 @@ from fewmask.data.synthetic import make_dataset
 from fewmask.models import build_encoder, build_segmenter
 from fewmask.models.complexity import complexity
 from fewmask.types import Batch, Case, UserError
+from tests.commands.conftest import read_rows
 
 NAME = "boundary-distillation"
 ROWS = ("teacher", "alone", "mbf", "mbf+unlabelled")
@@ -223,8 +224,13 @@ def test_given_teachers_are_scored_as_an_ensemble_and_none_is_trained(finished, 
     assert scored != alone[0]
     assert scored != alone[1]
     assert "Model 1-0: given, and trained on" in (out / "table.md").read_text()
-    with pytest.raises(UserError, match=r"teachers=.*another --out"):
-        run(split_data, out, *given, f"grid.teachers={json.dumps(pair[:1])}")
+    masks = {row["row"]: row["num_masks"] for row in read(out / "table.json")["rows"]}
+    assert masks["teacher"] == []  # what it learnt from is its own run's matter
+    uses = [row["use"] for row in read_rows(out / "kd" / "1-0" / "cases.csv")]
+    assert masks["kd"] == [uses.count("labelled")]
+    for other in ([f"grid.teachers={json.dumps(pair[:1])}"], []):
+        with pytest.raises(UserError, match=r"teachers=.*another --out"):
+            run(split_data, out, *given, *other)
 
 
 def test_given_teachers_are_named_so_that_they_can_be_told_apart():

@@ -66,6 +66,17 @@ def test_pretraining_on_masks_sees_labelled_images_alone(selected):
     assert facts[0]["num_images"] == fine["num_images"] < facts[1]["num_images"]
 
 
+def test_what_a_selection_has_learnt_from_stays_written_down(selected, drawn, tmp_path, fewmask):
+    out, data = shutil.copytree(selected, tmp_path / "tasks"), shutil.copytree(drawn, tmp_path / "data")
+    picture = next((data / "images").iterdir())
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    before = {name: (out / name).read_bytes() for name in ("contents.json", "cases.csv", "audit.json")}
+    code, _, err = fewmask("select", "two_stage", f"data.root={data}", f"run.out={out}", *SMALL)
+    assert code == 1
+    assert "The data changed since" in err
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
 def test_a_finished_candidate_is_not_trained_again(selected, drawn, fewmask):
     lost = selected / "candidates" / "joint-rotation-0.3" / "finetune" / "stage.json"
     lost.unlink()

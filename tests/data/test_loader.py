@@ -92,11 +92,12 @@ def test_seeds_and_epochs_differ():
 
 
 @pytest.mark.parametrize(
-    ("num", "batch", "least", "steps"), [(50, 8, 1, 7), (48, 8, 1, 6), (3, 16, 20, 20), (1, 1, 0, 1)]
+    ("num", "batch", "least", "steps", "rounds"),
+    [(50, 8, 1, 7, 1), (48, 8, 1, 6, 1), (3, 16, 20, 20, 320 / 3), (3, 16, 1, 1, 1), (1, 1, 0, 1, 1)],
 )
-def test_steps_per_epoch(num, batch, least, steps):
+def test_steps_per_epoch(num, batch, least, steps, rounds):
     loader = Loader(dataset(), range(num), batch, 0, min_steps=least)
-    assert (loader.steps_per_epoch, loader.num_images) == (steps, num)
+    assert (loader.steps_per_epoch, loader.num_images, loader.rounds) == (steps, num, rounds)
 
 
 def test_fewer_images_than_a_batch_are_repeated_evenly():

@@ -116,6 +116,7 @@ def test_dicom_numbers_without_suffix_keep_their_last_part(tmp_path):
 )
 def test_a_folder_of_pictures_is_told_where_it_belongs(tmp_path, folder, words):
     save(tmp_path / folder / "img_0.png", picture())
+    save(tmp_path / folder / "._img.png", picture())  # a Mac's clutter
     with pytest.raises(UserError, match=words.format(root=tmp_path)):
         load_cases(tmp_path / folder)
 

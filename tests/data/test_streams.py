@@ -56,6 +56,8 @@ def test_an_epoch_is_one_of_the_masks():
     mixed = MixedLoader(known, unknown)
     assert mixed.steps_per_epoch == known.steps_per_epoch
     assert mixed.num_images == 20
+    few = Loader(HALF, range(2), 4, 0, min_steps=5)
+    assert MixedLoader(few, unknown).rounds == PairedLoader(few, unknown).rounds == few.rounds == 10
 
 
 def test_processes_share_both_streams():

@@ -49,7 +49,7 @@ class Pictures:
     `stop_rank` is told to stop while it fetches the batch of step `stop`. `before` sees the objective at the first one.
     """
 
-    steps_per_epoch, num_images = NUM_STEPS, 40
+    steps_per_epoch, num_images, rounds = NUM_STEPS, 40, 1.0
 
     def __init__(self, stop: int = -1, stop_rank: int = 0) -> None:
         self.stop, self.stop_rank, self.asked = stop, stop_rank, []

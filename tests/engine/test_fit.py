@@ -264,17 +264,13 @@ def test_the_log_says_what_happened(tmp_path):
         assert 0 <= line["data_wait"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("num", "told"),
-    [(10, None), (6, "in which 6 images are seen 2 times each"), (1, "in which 1 image is all it sees")],
-)
-def test_an_epoch_that_shows_each_image_often_is_told(tmp_path, capsys, num, told):
+@pytest.mark.parametrize(("rounds", "epochs", "told"), [(1.0, 1, False), (6.4, 1, True), (6.4, 0, False)])
+def test_an_epoch_that_shows_each_image_often_is_told(tmp_path, capsys, rounds, epochs, told):
     stream = TinyStream()
-    stream.num_images = num
-    train(tmp_path, stream=stream, epochs=1)
-    err = capsys.readouterr().err
-    assert ("an epoch here is 3 batches of 4" in err) is (told is not None)
-    assert (told or "") in err
+    stream.rounds = rounds
+    train(tmp_path, stream=stream, epochs=epochs)
+    words = "an epoch here is 3 steps (pretrain.min_epoch_steps): about 6 times through the images"
+    assert (words in capsys.readouterr().err) is told
 
 
 def test_two_seeds_differ_and_one_seed_repeats(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewmask.config import RunSection
-from fewmask.engine import fit
+from fewmask.engine import device
 from fewmask.engine.device import accelerator_for, resolve_precision
 from fewmask.types import UserError
 
@@ -35,6 +35,6 @@ def test_bf16_where_the_processor_multiplies_it(
 def test_processes_that_cannot_share_a_training_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each would train alone, in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(fit, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device="mps"))
+    monkeypatch.setattr(device, "Accelerator", lambda **_: SimpleNamespace(num_processes=1, device="mps"))
     with pytest.raises(UserError, match="2 processes train together, and this one found no other on mps"):
         accelerator_for(RunSection())

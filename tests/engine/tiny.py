@@ -20,6 +20,7 @@ class TinyStream:
 
     steps_per_epoch = 3
     num_images = NUM_IMAGES
+    rounds = 1.0
 
     def __init__(self, poison: int | None = None) -> None:
         self.poison, self.asked = poison, []
