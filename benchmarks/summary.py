@@ -6,6 +6,7 @@ python -m benchmarks.summary
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ DISTILL = "kd-sharp+pseudo"  # what `fewmask distill` does
 # Its gain, and those of the paper's method with a tenth of its weight and at weight 1.
 LOSSES = {DISTILL: "`distill`", "m2bf-light": "M2BF at a tenth", "m2bf": "M2BF"}
 CONTINUED = ("simmim", "dino", "g2ll", "tedmae", "figure")
-PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1": "random"}  # what their rows are compared with
+PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1_whole": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
@@ -160,36 +161,43 @@ def gain(found: dict[str, Any], row: str, fraction: float, against: str, data: s
 
 def pretrained() -> list[str]:
     """Return G2LL's table 1: Dice by share of the masks, and what a row gains over no pre-training."""
-    found = json.loads((HERE / "results" / "g2ll_table1.json").read_text())
+    found = json.loads((HERE / "results" / "g2ll_table1_whole.json").read_text())
     dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
-    epochs = {facts["row"]: f"{facts['epochs']:.1f}" for facts in found["pretraining"]}
     fractions = sorted({fraction for _, fraction in dice})
     shares = [f"{100 * fraction:g} %" for fraction in fractions]
     heads = ["pre-training", "epochs", *shares, *(f"{share}, against random" for share in shares)]
     lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
     for row in dict.fromkeys(row for row, _ in dice):
-        figures = [f"{dice[row, fraction]:.3f}" for fraction in fractions]
+        figures = [f"{dice[row, fraction]:.3f}" if (row, fraction) in dice else "" for fraction in fractions]
         gains = [gain(found, row, fraction, "random") for fraction in fractions]
-        lines.append(f"| {' | '.join([row, epochs.get(row, ''), *figures, *gains])} |")
+        lines.append(f"| {' | '.join([row, epochs_of(found, row), *figures, *gains])} |")
     return lines
 
 
-def pretrained_anew() -> list[str]:
-    """Return what was measured since the projector's start was mended: Dice, and gains on MAE, on two sets."""
-    found = json.loads((HERE / "results" / "g2ll_table1_projector.json").read_text())
-    dice = {(c["set"], c["row"], c["fraction"]): f"{c['dice']['mean']:.3f}" for c in found["rows"]}
-    epochs = {facts["row"]: f"{facts['epochs']:.1f}" for facts in found["pretraining"]}
-    fractions = sorted({fraction for _, _, fraction in dice})
-    heads = ["pre-training", "epochs"]
-    for name in ("", "HAM10000, "):
-        heads += [f"{name}{100 * share:g} %{more}" for more in ("", ", against mae") for share in fractions]
-    lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
-    for row in dict.fromkeys(row for _, row, _ in dice):
-        told = [row, epochs.get(row, "")]
-        for data in ("test", "unseen"):
-            told += [dice[data, row, share] for share in fractions]
-            told += [gain(found, row, share, "mae", data) for share in fractions]
-        lines.append(f"| {' | '.join(told)} |")
+def epochs_of(found: dict[str, Any], row: str) -> str:
+    """Return the epochs of a row's pre-trainings, on average, or nothing."""
+    epochs = [facts["epochs"] for facts in found["pretraining"] if facts["row"] == row]
+    return f"{statistics.fmean(epochs):.1f}" if epochs else ""
+
+
+def pretrainings() -> list[str]:
+    """Return what three pre-trainings a row tell: Dice, and gains on MAE in the same time, on two sets."""
+    lines: list[str] = []
+    for name, told in (("g2ll_table1_pretrainings", "{}"), ("g2ll_equal_epochs", "{}, as many epochs as g2ll-light")):
+        found = json.loads((HERE / "results" / f"{name}.json").read_text())
+        dice = {(c["set"], c["row"], c["fraction"]): f"{c['dice']['mean']:.3f}" for c in found["rows"]}
+        fractions = sorted({fraction for _, _, fraction in dice})
+        if not lines:
+            heads = ["pre-training", "epochs"]
+            for data in ("", "HAM10000, "):
+                heads += [f"{data}{100 * share:g} %{more}" for more in ("", ", against mae") for share in fractions]
+            lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
+        for row in dict.fromkeys(row for _, row, _ in dice):
+            line = [told.format(row), epochs_of(found, row)]
+            for data in ("test", "unseen"):
+                line += [dice[data, row, share] for share in fractions]
+                line += [gain(found, row, share, "mae", data) for share in fractions]
+            lines.append(f"| {' | '.join(line)} |")
     return lines
 
 
@@ -241,7 +249,7 @@ def main() -> None:
         "results": runs,
         "pretrained": pretrained,
         "students": students,
-        "pretrained anew": pretrained_anew,
+        "pretrainings": pretrainings,
         "continued": continued,
         "two-stage": two_stage,
     }
