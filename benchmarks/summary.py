@@ -17,7 +17,7 @@ DISTILL = "kd-sharp+pseudo"  # what `fewmask distill` does
 # Its gain, and those of the paper's method with a tenth of its weight and at weight 1.
 LOSSES = {DISTILL: "`distill`", "m2bf-light": "M2BF at a tenth", "m2bf": "M2BF"}
 CONTINUED = ("simmim", "dino", "g2ll", "tedmae", "figure")
-PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1_whole": "random"}  # what their rows are compared with
+PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
@@ -161,7 +161,7 @@ def gain(found: dict[str, Any], row: str, fraction: float, against: str, data: s
 
 def pretrained() -> list[str]:
     """Return G2LL's table 1: Dice by share of the masks, and what a row gains over no pre-training."""
-    found = json.loads((HERE / "results" / "g2ll_table1_whole.json").read_text())
+    found = json.loads((HERE / "results" / "g2ll_table1.json").read_text())
     dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
     fractions = sorted({fraction for _, fraction in dice})
     shares = [f"{100 * fraction:g} %" for fraction in fractions]
