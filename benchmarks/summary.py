@@ -183,7 +183,8 @@ def epochs_of(found: dict[str, Any], row: str) -> str:
 def pretrainings() -> list[str]:
     """Return what three pre-trainings a row tell: Dice, and gains on MAE in the same time, on two sets."""
     lines: list[str] = []
-    for name, told in (("g2ll_table1_pretrainings", "{}"), ("g2ll_equal_epochs", "{}, as many epochs as g2ll-light")):
+    shorter = {"g2ll_mae_123s": "{}, 123 s", "g2ll_equal_epochs": "{}, five epochs"}
+    for name, told in {"g2ll_table1_pretrainings": "{}", **shorter}.items():
         found = json.loads((HERE / "results" / f"{name}.json").read_text())
         dice = {(c["set"], c["row"], c["fraction"]): f"{c['dice']['mean']:.3f}" for c in found["rows"]}
         fractions = sorted({fraction for _, _, fraction in dice})
