@@ -59,14 +59,15 @@ def measure(order: Order, scene: Scene, left_out: Mapping[str, str]) -> dict[str
     """Return the table of what is finished so far, ready for JSON."""
     paper = PAPERS[order.table]
     rows, differences = [], []
-    for name in SETS:
-        results = _results(order, name, left_out)
+    found = {name: _results(order, name, left_out) for name in SETS}
+    masks = {cell: _masks(order, *cell, by_seed) for cell, by_seed in found["test"].items()}
+    for name, results in found.items():
         for (row, fraction), by_seed in results.items():
             theirs = paper.figures.get(name, {}).get(row, {}).get(fraction)
             cell = describe_cell(by_seed, order.what.columns, _is_pooled(order, name))
-            about = {"set": name, "row": row, "fraction": fraction, "num_masks": _masks(order, row, fraction, by_seed)}
+            about = {"set": name, "row": row, "fraction": fraction, "num_masks": masks.get((row, fraction), [])}
             rows.append({**about, **cell, "paper": theirs})
-        differences += [{"set": name, **found} for found in _differences(order, results, _is_pooled(order, name))]
+        differences += [{"set": name, **pair} for pair in _differences(order, results, _is_pooled(order, name))]
     trainings, distillations = _trainings(order, left_out), _distillations(order, left_out)
     learnt = [*trainings, *distillations]
     return {

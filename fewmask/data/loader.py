@@ -45,9 +45,9 @@ class Loader:
         self.batch_size = batch_size
         self.seed = seed
         self.num_images = len(self.indices)
-        self.steps_per_epoch = max(math.ceil(self.num_images / batch_size), min_steps)
-        stretched = min_steps > math.ceil(self.num_images / batch_size)
-        self.rounds = min_steps * batch_size / self.num_images if stretched else 1.0
+        whole = math.ceil(self.num_images / batch_size)
+        self.steps_per_epoch = max(whole, min_steps)
+        self.rounds = min_steps * batch_size / self.num_images if min_steps > whole else 1.0
         self._masks = dataset.masks if dataset.has_mask[self.indices].all() else None
         self._maps, self._predictions, self._features = dict(maps or {}), predictions, list(features)
         self._permutation = lru_cache(maxsize=4)(self._draw)

@@ -83,12 +83,12 @@ def test_whatever_setting_is_changed_is_told(name, row, stage, tmp_path):
         assert key in " ".join(set(told(**{stage: changed})) - set(before)), key
 
 
-@pytest.mark.parametrize(("num_local", "scale"), [(0, "[0.14, 1.0]"), (2, "[0.4, 1.0]")])
+@pytest.mark.parametrize(("num_local", "scale"), [(0, (0.14, 1.0)), (2, (0.4, 1.0))])
 def test_the_crops_that_dino_takes_unless_told_are_told(tmp_path, num_local, scale):
     given = (f"pretrain.method.num_local={num_local}",)
     recipe = place_order("g2ll-table1", "full", tmp_path, tmp_path, None, (), given).pretrain_recipe("dino", 0)
     told = " ".join(deviations(PAPERS["g2ll-table1"], "pretrain", {"dino": recipe}))
-    assert f"crop_scale ({scale})" in told.replace("(0.14, 1.0)", "[0.14, 1.0]").replace("(0.4, 1.0)", "[0.4, 1.0]")
+    assert f"crop_scale ({scale})" in told
 
 
 def test_a_row_tells_of_a_setting_only_if_it_uses_it(tmp_path):
