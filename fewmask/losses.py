@@ -11,7 +11,8 @@ from torch.nn import functional as F
 def soft_dice(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
     """Return 1 - Dice of the probabilities, mean over the batch (our choice: per image, so small lesions count alike).
 
-    `logits` and `target` are (b, 1, h, w), target in [0, 1]; two empty masks cost 0 thanks to `smooth`.
+    `logits` and `target` are (b, 1, h, w), target in [0, 1]; two empty masks cost 0 thanks to `smooth`. TransUNet's
+    code squares both terms below, adds up the batch, and has the background for a class of its own.
     """
     probability = logits.sigmoid().flatten(1)
     target = target.flatten(1)

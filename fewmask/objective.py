@@ -53,6 +53,9 @@ class Objective(nn.Module, ABC):
         """Which images `Batch.other` must hold beside each batch."""
         return "none"
 
+    def before_step(self, progress: float) -> None:
+        """Change the gradients before they are clipped and used; `progress` as below."""
+
     def after_step(self, progress: float) -> None:
         """Update what is not learnt by gradient (EMA and the like); `progress` runs from 0 to 1 over the training."""
 

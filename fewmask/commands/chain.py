@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fewmask.commands.defaults import method_defaults
 from fewmask.commands.distillation import (
     check_before_training,
     compare_student,
@@ -87,7 +88,10 @@ def chain(recipe: Recipe, out: Path) -> None:
         raise UserError(
             "run.clock=cpu is for one stage alone, and a chain shares out wall time; leave one of them out."
         )
-    with Run(out, "run", recipe.resolved(), parse_time(recipe.run.time)) as folder, interruptible(folder):
+    with (
+        Run(out, "run", recipe.resolved(), parse_time(recipe.run.time), method_defaults(recipe)) as folder,
+        interruptible(folder),
+    ):
         prepared = prepare(folder, recipe)
         if recipe.distill is not None and distils:
             unmasked(recipe.distill, prepared)  # a mistake is told now and not after hours of training the teacher

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.commands.prepare import Prepared
 from fewmask.data.cache import CachedDataset
+from fewmask.engine.fit import Watch
 from fewmask.engine.run import write_json
 from fewmask.engine.stage import Progress, Stage
-from fewmask.evaluate.probe import Probe, global_features
+from fewmask.evaluate.probe import Probe, global_features, whole_images
 from fewmask.models import Encoder
+from fewmask.models.norms import renew_statistics
 from fewmask.types import UserError
 
 NUM_IMAGES = 500
@@ -28,6 +30,7 @@ NUM_NEIGHBOURS = 5
 THUMBNAIL = 112
 NUM_PROBED = 2000
 DRAW_SEED = 0
+BATCH_SIZE = 32
 
 
 def probe_for(stage: Stage, data: Prepared, body: Sequence[int], every: int, size: int) -> Probe | None:
@@ -47,6 +50,31 @@ def probe_for(stage: Stage, data: Prepared, body: Sequence[int], every: int, siz
             stage.log("remark", text=text)
         Progress(stage.name).close(text)
         return None
+
+
+def as_kept(probe: Probe, dataset: CachedDataset, indices: Sequence[int]) -> Watch:
+    """Return a probe that sees an encoder as it will be kept, with what `know_whole_images` gives it."""
+
+    def watch(product: nn.Module) -> dict[str, float]:
+        if isinstance(product, Encoder):  # any other product keeps what it came to know
+            know_whole_images(product, dataset, indices, probe.size)
+        return probe(product)
+
+    return watch
+
+
+def know_whole_images(encoder: Encoder, dataset: CachedDataset, indices: Sequence[int], size: int) -> None:
+    """Make an encoder's batch normalisations know images as they are, from at most 500 (ours); a single one is left.
+
+    What they came to know in training is images with parts painted over, turned or recoloured, and whoever uses
+    the encoder as it is would get features that are off by half of their size (SimMIM on EfficientNet-Lite0).
+    """
+    rows = np.asarray(draw(indices, NUM_IMAGES), dtype=np.int64)
+    batch_size = min(len(rows), BATCH_SIZE)
+    even = rows[: len(rows) // batch_size * batch_size]
+    if batch_size > 1:
+        device = next(encoder.parameters()).device
+        renew_statistics(encoder, whole_images(dataset.images, even, size, device, batch_size))
 
 
 def describe_features(

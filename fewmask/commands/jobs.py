@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fewmask.commands.defaults import method_defaults
 from fewmask.commands.distillation import digests_of, distill, find_teachers
 from fewmask.commands.ensemble import EnsemblePredictor
 from fewmask.commands.evaluate import evaluate_cases, score_into, scoring_device
@@ -81,7 +82,7 @@ def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     """
     # A selection's time is that of each of its candidates.
     budget = parse_time(job.recipe.run.time)
-    with Run(job.folder, job.verb, job.config(), budget) as run, interruptible(run):
+    with Run(job.folder, job.verb, job.config(), budget, method_defaults(job.recipe)) as run, interruptible(run):
         wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
         missing = wanted - scored(job.folder)
         if not missing and (job.facts or not job.serves_cells):

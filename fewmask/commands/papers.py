@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
+from fewmask.commands.defaults import method_defaults
 from fewmask.commands.tables import LABEL_FRACTIONS
 from fewmask.config import ModelSection, Recipe
-from fewmask.finetune import FINETUNERS
 from fewmask.models.vit import VIT_SHAPES
-from fewmask.pretrain import PRETRAINERS
 from fewmask.pretrain.dino import GLOBAL_SCALE
 
 NOT_SAID = "not said"
@@ -92,7 +90,7 @@ _G2LL_METHODS: dict[str, dict[str, Any]] = {
     "segment": {},
 }  # fmt: skip
 _EXEMPT = ("method", "instead", "instead_lr", "checkpoint_seconds", "share", "probe_every")  # nothing is learnt by them
-_EXEMPT_OF_METHODS = ("encoder", "segmenter", "num_classes", "size", "collapse_patience")
+_EXEMPT_OF_METHODS = "collapse_patience"
 _NEUTRAL = {"encoder_lr_scale": 1.0, "layer_decay": 1.0, "encoder_settings": {}, "segmenter_settings": {}}
 """Values at which a setting does nothing, so that there is nothing to tell."""
 
@@ -270,14 +268,12 @@ def _value(recipe: Recipe, key: str) -> Any:
 
 def _method(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the method's settings by name, its constructor's defaults filled in, with its own "name"."""
-    tables: dict[str, Mapping[str, Any]] = {"pretrain": PRETRAINERS, "finetune": FINETUNERS}
     given = recipe.stage(stage).method
-    parameters = inspect.signature(tables[stage][given["name"]]).parameters
-    settings = {key: given.get(key, parameter.default) for key, parameter in parameters.items()}
+    settings = {**method_defaults(recipe)[stage]["method"], **given}
     shape = VIT_SHAPES.get(recipe.model.encoder)
     for key, as_encoder in (("decoder_dim", "dim"), ("decoder_heads", "heads")):
         if key in settings and settings[key] is None and shape is not None:
             settings[key] = getattr(shape, as_encoder)
     if given["name"] == "dino" and settings["crop_scale"] is None:
         settings["crop_scale"] = GLOBAL_SCALE[settings["num_local"] > 0]
-    return {"name": given["name"], **{key: settings[key] for key in settings if key not in _EXEMPT_OF_METHODS}}
+    return {key: value for key, value in settings.items() if key != _EXEMPT_OF_METHODS}

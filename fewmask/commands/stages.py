@@ -15,33 +15,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fewmask.commands.features import describe_features, probe_for
+from fewmask.commands.defaults import METHODS
+from fewmask.commands.features import as_kept, describe_features, know_whole_images, probe_for
 from fewmask.commands.prepare import Prepared
 from fewmask.config import Recipe, StageSection
 from fewmask.data.loader import Loader
 from fewmask.data.streams import PairedLoader
 from fewmask.data.superpixels import Slic, superpixel_maps
 from fewmask.disk import flush_folder
-from fewmask.distill.distill import Distill
 from fewmask.engine.device import accelerator_for, resolve_precision
 from fewmask.engine.fit import Stream, fit
 from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
-from fewmask.finetune import FINETUNERS
 from fewmask.models import Encoder, Segmenter, build_encoder, build_segmenter, encoder_of, save_model
 from fewmask.models.weights import WORDS, load_decoder
 from fewmask.objective import Objective
-from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import build, choose
 from fewmask.types import UserError
 
 NUM_PREVIEWS = 4
-METHODS: dict[str, dict[str, Any]] = {
-    "pretrain": dict(PRETRAINERS),
-    "finetune": dict(FINETUNERS),
-    "distill": {"distill": Distill},
-}
 
 
 def configure_torch(recipe: Recipe) -> None:
@@ -89,7 +82,10 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     maps = {name: _superpixels(data, slic) for name, slic in objective.maps().items()}
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
     probe = probe_for(stage, data, body, section.probe_every, recipe.model.size)
-    product, facts = fit(objective, loader, section, stage, recipe.run, watch=probe)
+    watch = probe and as_kept(probe, data.dataset, body)
+    product, facts = fit(objective, loader, section, stage, recipe.run, watch=watch)
+    if isinstance(product, Encoder):
+        know_whole_images(product, data.dataset, body, recipe.model.size)
     if is_main():
         describe_features(stage.folder, encoder_of(product), data.dataset, body, recipe.model.size)
     finish(stage, path, product, section, objective, loader, facts | {"excluded": data.excluded})

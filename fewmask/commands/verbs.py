@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from fewmask.commands.defaults import method_defaults
 from fewmask.commands.distillation import distill
 from fewmask.commands.prepare import prepare
 from fewmask.commands.stages import configure_torch, finetune, pretrain, with_precision
@@ -19,7 +20,7 @@ def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
     out = recipe.run.out or Path("runs") / f"{Path(recipe_name).stem}-{name}"
     configure_torch(recipe)
     budget = parse_time(recipe.run.time)
-    with Run(out, name, recipe.resolved(), budget) as folder, interruptible(folder):
+    with Run(out, name, recipe.resolved(), budget, method_defaults(recipe)) as folder, interruptible(folder):
         data = prepare(folder, recipe, needs_masks=name != "pretrain")
         if name == "pretrain":
             path = pretrain(folder, recipe, data, budget)

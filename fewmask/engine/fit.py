@@ -146,6 +146,7 @@ class Fit:
             terms = self.model(batch)
         self.optimiser.zero_grad(set_to_none=True)
         self.accelerator.backward(terms["loss"])
+        self.objective.before_step(progress)
         if self.settings.clip:
             self.accelerator.clip_grad_norm_(self.objective.parameters(), self.settings.clip)
         self.optimiser.step()

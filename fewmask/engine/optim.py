@@ -39,7 +39,8 @@ def set_schedule(optimiser: Optimizer, progress: float, settings: StageSection) 
 def build_optimiser(model: nn.Module, settings: StageSection) -> Optimizer:
     """Return the optimiser over the trainable parameters.
 
-    Vectors (biases, norms) and embeddings named `pos_embed`, `cls_token` or `mask_token` do not decay (MAE). The
+    Vectors (biases, norms) do not decay, nor do embeddings named `pos_embed`, `cls_token` or `mask_token` (as where MAE
+    is fine-tuned; the pre-training of MAE and DINO lets the tokens decay, which takes a few hundredths of them). The
     encoder's rate is scaled by `encoder_lr_scale`, and by `layer_decay ** (depth from the top)` for a ViT (BEiT, MAE).
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}

@@ -34,7 +34,7 @@ _FREE = {
     "data": ("root", "unlabelled", "cache", "licence"),
     **dict.fromkeys(_STAGES, ("checkpoint_seconds", "probe_every")),
 }
-_MADE_BY = ("command", "versions", "git", "threads")  # of a finished run these stay those that made it
+_MADE_BY = ("command", "versions", "git", "threads", "defaults")  # of a finished run these stay those that made it
 
 _LEARNT = ("*/checkpoints/step_*", "*/stage.json")
 _READ_BY = {**{name: name for name in _STAGES}, "student": "distill"}  # sections that one stage alone reads
@@ -102,13 +102,22 @@ class Run:
     """One run folder, held by one process at a time.
 
     Entering it creates `run.json`, or checks that the folder holds the same run: once something was learnt, other
-    settings or changed data raise a UserError that says what differs. While `deferring`, SIGTERM and Ctrl-C set
+    settings or changed data raise a UserError that says what differs. `defaults` are those of settings that `config`,
+    in whose layout they are, may leave out, and count as settings. While `deferring`, SIGTERM and Ctrl-C set
     `stop_requested`, and the training loop saves and raises `Interrupted`; at other times, or the second time, they
     end the work at once.
     """
 
-    def __init__(self, folder: Path, verb: str, config: dict[str, Any], budget: float | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        verb: str,
+        config: dict[str, Any],
+        budget: float | None = None,
+        defaults: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.folder, self.verb, self.config, self.budget = folder, verb, config, budget
+        self.defaults: dict[str, dict[str, Any]] = json.loads(json.dumps(defaults or {}, default=str))
         self.seed: int = config.get("run", {}).get("seed", 0)
         self.stop_requested = False
         self.deferring = False  # True while a loop of ours asks for stop requests itself
@@ -192,6 +201,7 @@ class Run:
             "verb": self.verb,
             "command": shlex.join(["fewmask", *sys.argv[1:]]),
             "config": self.config,
+            "defaults": self.defaults,
             "versions": versions(),
             "git": git_commit(),
             "threads": torch.get_num_threads(),
@@ -219,22 +229,34 @@ class Run:
             section = old.get("config", {}).get(name)
             then, now = _flat(section), _flat(self.config[name])
             # A setting that an older version did not have yet had no other value.
-            keys = [key for key in sorted({*then, *now}) if section is not None and key.split(".")[0] in section]
+            said = {key for key in {*then, *now} if section is not None and key.split(".")[0] in section}
+            old_defaults, defaults = _flat(old.get("defaults", {}).get(name)), _flat(self.defaults.get(name))
             free = _FREE.get(name, ())
             if name == "run" and then.get("precision") == "auto":  # older tables did not settle it
                 free = (*free, "precision")
-            changed = [key for key in keys if key not in free and then.get(key) != now.get(key)]
+            before, after = {**old_defaults, **then}, {**defaults, **now}
+            keys = said | (old_defaults.keys() & defaults.keys())
+            changed = [key for key in keys if key not in free and before.get(key) != after.get(key)]
             if changed:
-                key = changed[0]
-                if (before := old.get("verb")) == "pretrain" and self.verb in ("finetune", "distill"):
-                    raise UserError(
-                        f"{self.folder} holds what 'fewmask {before}' left: give '{self.verb}' an output folder of its "
-                        f"own, and model.weights={self.folder} to begin with what was learnt there."
-                    )
-                raise UserError(
-                    f"{self.folder} holds a run with {name}.{key}={then.get(key)}, and you asked for {now.get(key)}; "
-                    "use the same settings to resume it, or another output folder."
-                )
+                key = min(changed, key=lambda key: (not key.endswith(".name"), -key.count("."), key))
+                self._refuse(f"{name}.{key}", before.get(key), after.get(key), asked=key in said, verb=old.get("verb"))
+
+    def _refuse(self, key: str, then: Any, now: Any, asked: bool, verb: str | None) -> None:
+        if verb == "pretrain" and self.verb in ("finetune", "distill"):
+            raise UserError(
+                f"{self.folder} holds what 'fewmask {verb}' left: give '{self.verb}' an output folder of its "
+                f"own, and model.weights={self.folder} to begin with what was learnt there."
+            )
+        if not asked:
+            way = "" if then is None else f"set '{key}={json.dumps(then)}' to go on with it, or "
+            raise UserError(
+                f"{self.folder} holds a run with {key}={then}, where this version takes {now} unless told: {way}use "
+                "another output folder."
+            )
+        raise UserError(
+            f"{self.folder} holds a run with {key}={then}, and you asked for {now}; "
+            "use the same settings to resume it, or another output folder."
+        )
 
     def _is_ahead(self, section: str, begun: set[str]) -> bool:
         """Return whether nothing depends on a section yet: its stage and those after it have not begun.
@@ -327,7 +349,8 @@ def interruptible(run: Run) -> Iterator[None]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
+    """Return the leaves of a nested section by their dotted keys; an empty one within it is a leaf."""
+    if not isinstance(value, dict) or not value:
         return {prefix: value} if prefix else {}
     return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 

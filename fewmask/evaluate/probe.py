@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -72,21 +72,31 @@ def global_features(
 ) -> Tensor:
     """Return the global features float32 (len(indices), d), on the CPU, of cached images uint8 (n, c, c, 3).
 
-    A ViT's class token, the mean of a CNN's coarsest map. The images are brought to `size` (antialiased); nothing is
-    drawn. The encoder works where its parameters are, in evaluation mode, and its modules go back to their modes.
+    A ViT's class token, the mean of a CNN's coarsest map. The images are those of `whole_images`. The encoder works
+    where its parameters are, in evaluation mode, and its modules go back to their modes.
     """
     device = next(encoder.parameters()).device
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
-        parts = []
-        for start in range(0, len(indices), batch_size):
-            image = torch.from_numpy(images[indices[start : start + batch_size]]).to(device).permute(0, 3, 1, 2)
-            parts.append(global_tokens(encoder, normalise(_resize(image, size)))[:, 0].float().cpu())
+        batches = whole_images(images, indices, size, device, batch_size)
+        parts = [global_tokens(encoder, image)[:, 0].float().cpu() for image in batches]
     finally:
         for module, training in modes:
             module.training = training
     return torch.cat(parts)
+
+
+def whole_images(
+    images: NDArray[np.uint8], indices: NDArray[np.int64], size: int, device: torch.device, batch_size: int = 32
+) -> Iterator[Tensor]:
+    """Yield batches (b, 3, size, size), normalised, of cached images uint8 (n, c, c, 3); nothing is drawn.
+
+    The images are brought to `size` (antialiased).
+    """
+    for start in range(0, len(indices), batch_size):
+        image = torch.from_numpy(images[indices[start : start + batch_size]]).to(device).permute(0, 3, 1, 2)
+        yield normalise(_resize(image, size))
 
 
 def knn_accuracy(

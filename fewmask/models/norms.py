@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from fewmask.processes import mean_with_gradient, num_processes
 
@@ -26,6 +29,19 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
                 setattr(parent, name, convert_sync_batchnorm(norm))
             else:
                 norm.__class__ = HostNorm  # the same module with another way to normalise
+
+
+def renew_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Make the running statistics of all batch normalisations those of these batches, in place.
+
+    Every batch counts alike; modes and the random generators are left as they are. Several processes must do so at
+    once, with batches of one size.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():  # paths may be dropped
+        update_bn(batches, model)
+    for module, training in modes:
+        module.training = training
 
 
 class HostNorm(_BatchNorm):

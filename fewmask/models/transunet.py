@@ -22,7 +22,8 @@ class Transunet(Segmenter):
     TransUNet: decoder blocks of two 3x3 convolutions, widths 256/128/64/16 at strides 8/4/2/1. Our choices: a plain
     ViT has no feature finer than a patch, so two strided convolutions on the image give the skips at strides 2 and 4
     (`stem_channels`); the features of all chosen blocks meet at the patch's stride; the skip at stride 8 of a
-    patch-16 encoder is an early block's feature, enlarged. With `logit_stride` = 2 the last decoder block is left out
+    patch-16 encoder is an early block's feature, enlarged; a patch-8 encoder is at that stride already and has no block
+    for it, only the 1x1 convolution where its features meet. With `logit_stride` = 2 the last decoder block is left out
     and the logits are enlarged bilinearly, which halves the time of a step.
     The features are the decoder's, at strides `logit_stride` to 8, and, last, the transformer's at the patch's stride.
     Raises UserError for an encoder that is no ViT.

@@ -38,7 +38,9 @@ class Vit(Encoder):
     """A ViT (Dosovitskiy et al. 2021) of timm with a class token, whose blocks may see the visible patches only.
 
     The position embedding is learnt and starts as the sine-cosine code of MAE (our choice: small sets leave little
-    time to learn it from noise). `size` is a multiple of the patch; an image of another multiple gets a resampled
+    time to learn it from noise). All else starts as timm has it, as in DINO: linear layers with a std of 0.02, where
+    MAE's are two to four times as long in the smallest network here; ten minutes of MAE on it led to the same Dice
+    from either (LOG.md). `size` is a multiple of the patch; an image of another multiple gets a resampled
     position embedding. `out_blocks` are the blocks, counted from 1, whose outputs are the features, all at the
     stride of the patch and all through the last LayerNorm; one at the end of each
     quarter of the depth by default. Raises UserError for a size or block that does not exist.

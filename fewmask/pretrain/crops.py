@@ -14,7 +14,10 @@ from fewmask.data.preprocess import normalise
 from fewmask.types import Batch
 
 SSL_COLOUR = Chain((ColourJitter(0.4, 0.4, 0.2, 0.1, 0.8), RandomGrayscale(0.2), GaussianBlur((0.1, 2.0), 0.5)))
-"""Colour jitter, random grayscale and blur (paper: G2LL names the three) with DINO's values (its local views')."""
+"""Colour jitter, random grayscale and blur (paper: G2LL names the three) with DINO's values (its local views').
+
+The blur is in pixels, whatever the view: to one of 64 pixels it is 3.5 times what it is to DINO's of 224 (LOG.md).
+"""
 
 
 def move_map(labels: Tensor, boxes: Tensor, size: int) -> Tensor:

@@ -13,7 +13,8 @@ class DynamicFeatures(nn.Module):
     Paper (TEDMAE, abstract): a non-linear attention mechanism that merges features. Ours: the gate of attentional
     feature fusion (Dai et al. 2021), w = sigmoid(local(x + y) + global(mean over tokens of x + y)), each branch two
     linear layers with a reduction of 4, a ReLU between them, and LayerNorm where that paper has batch normalisation,
-    since tokens have no such statistics. Equal views merge into themselves. Raises UserError for a reduction below 1.
+    since tokens have no such statistics; a LayerNorm at a branch's end leaves it to the channels, not to whole tokens,
+    which view is believed. Equal views merge into themselves. Raises UserError for a reduction below 1.
     """
 
     def __init__(self, dim: int, reduction: int = 4) -> None:

@@ -32,7 +32,9 @@ class ExteriorConversion:
     `num_layers` convolutions with `hidden` channels between them, kernel 1 or 3 (drawn per image and layer), weights
     and shifts from N(0, 1), leaky ReLU (slope 0.01) after all but the last. "randconv" (RandConv, Xu et al. 2021): one
     convolution, kernel 1, 3, 5 or 7, weights from N(0, 1 / (3 k^2)), no shift. Either output is scaled to the
-    Frobenius norm of its picture, and alpha ~ U(0, 1) per image. Borders are padded with zeros.
+    Frobenius norm of its picture before it is mixed in, so that alpha is its share; GIN's code mixes first and scales
+    the mixture, which is mostly the net's output, as that is louder. alpha ~ U(0, 1) per image. Borders are padded
+    with zeros.
 
     A batch is one grouped convolution per layer. Everything is drawn from torch's global generator.
     """

@@ -48,7 +48,9 @@ class G2LL(Objective):
     prototypes where DINO has 65,536 for 1.2 M images; both views of one crop, with crop and flips as MAE; a mask of
     its own for each of u and v; the mean over images of the sum over views; `norm_pix`; a CNN sees painted pixels and
     its global feature is the mean of the coarsest map (see `HiddenPixels`); the guard against collapse, which stops
-    after `collapse_patience` steps, or two fifths of a training that is shorter (0: never).
+    after `collapse_patience` steps, or two fifths of a training that is shorter (0: never). The projector's last layer
+    learns from the start (DINO holds it for an epoch), and the recipe clips gradients at a norm of 3. The momentum is a
+    step's: half-way through 1,500 steps the teacher is what the student was a fifth of the training ago.
 
     Raises UserError for settings that cannot work and, when called, for a batch of one image or without superpixels.
     """

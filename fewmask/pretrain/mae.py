@@ -28,8 +28,8 @@ class MAE(Objective):
     decoder sine-cosine positions, `norm_pix` (off in G2LL's equation, on in MAE's best rows). Paper (G2LL): decoder of
     2 blocks, 384 wide, 6 heads on ViT-S, where MAE's own is 8 blocks of 512. Ours: the decoder's width and heads are
     the encoder's unless told, as they are there; pixels are those of the normalised image; `vertical_flip` adds the
-    other mirror axis, which pictures of skin allow and radiographs do not. `mask` may follow superpixels
-    as in G2LL's table 2.
+    other mirror axis, which pictures of skin allow and radiographs do not; the recipe clips gradients at a norm of 3,
+    which MAE's training does not. `mask` may follow superpixels as in G2LL's table 2.
     Raises UserError for an encoder that is no ViT or a ratio that leaves nothing visible or nothing masked.
     """
 

@@ -18,11 +18,10 @@ class Projector(nn.Module):
     a parameter, as small sets cannot fill that many.
     Ours: the last layer's weights are normalised when they are used, so the state is plain tensors.
 
-    `freeze_last`: until this share of the training the last layer gets no gradient (DINO: one epoch of 100); a share
-    of zero freezes nothing. Raises UserError for sizes below one or a share outside [0, 1).
+    `freeze_last`: until this share of the training the last layer has no gradient, and the optimiser leaves it and its
+    own memory of it alone (DINO: one epoch of 100); a share of zero freezes nothing. Raises UserError for sizes below
+    one or a share outside [0, 1).
     """
-
-    gate: Tensor
 
     def __init__(
         self, dim: int, num_prototypes: int, hidden: int = 2048, bottleneck: int = 256, freeze_last: float = 0.0
@@ -40,8 +39,6 @@ class Projector(nn.Module):
         # As short as torch's Linear makes them: the longer a row, the less a step of Adam turns it.
         nn.init.uniform_(self.prototypes, -(bottleneck**-0.5), bottleneck**-0.5)
         self.freeze_last = freeze_last
-        # A buffer: the first step after a resume must know it.
-        self.register_buffer("gate", torch.tensor(0.0 if freeze_last else 1.0))
 
     def embed(self, feature: Tensor) -> Tensor:
         """Return the bottleneck of unit length, float32 (b, bottleneck), of a global feature (b, d)."""
@@ -49,14 +46,13 @@ class Projector(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Return the scores in [-1, 1], (b, num_prototypes) in the precision of the products, of a feature (b, d)."""
-        weight = self.prototypes.float()
-        # The value is that of the weight; the gradient is multiplied by the gate, and stays defined when it is zero.
-        weight = weight.detach() + self.gate * (weight - weight.detach())
-        return F.linear(self.embed(feature), F.normalize(weight, dim=1))
+        return F.linear(self.embed(feature), F.normalize(self.prototypes.float(), dim=1))
 
-    def after_step(self, progress: float) -> None:
-        """Let the last layer learn once its time has come."""
-        self.gate.fill_(float(progress >= self.freeze_last))
+    def before_step(self, progress: float) -> None:
+        """Take the last layer's gradient away until its time has come."""
+        if progress < self.freeze_last:
+            # Not a gradient of zero: AdamW would shrink the weights, and step too far at first when one comes.
+            self.prototypes.grad = None
 
 
 def check_projector(num_prototypes: int, hidden: int, bottleneck: int, freeze_last: float) -> None:

@@ -24,7 +24,8 @@ class SimMIM(Objective):
     Paper: mask patch 32, ratio 0.6, crop (0.67, 1), head = 1x1 convolution and pixel shuffle from the coarsest map,
     a learnt token in place of a hidden patch of a ViT. Ours, for a CNN: hidden pixels take a learnt colour, since a
     CNN has no tokens (it starts at the mean colour); the head is the same;
-    `vertical_flip` as in MAE; `mask` may follow superpixels as G2LL's do, by mask patches.
+    `vertical_flip` as in MAE; the number of hidden cells is rounded to the nearest (code: up); `mask` may follow
+    superpixels as G2LL's do, by mask patches.
     `mask_patch` is in pixels, a multiple of the ViT's patch and a divisor of the image size.
     Raises UserError where it is not, or where the ratio leaves nothing visible or nothing masked.
     """

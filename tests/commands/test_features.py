@@ -12,14 +12,17 @@ from PIL import Image
 from fewmask.commands.features import (
     NUM_IMAGES,
     THUMBNAIL,
+    as_kept,
     describe_features,
     draw,
+    know_whole_images,
     neighbours,
     principal_components,
     probe_for,
 )
 from fewmask.commands.prepare import Prepared
 from fewmask.data.cache import CachedDataset
+from fewmask.data.preprocess import normalise
 from fewmask.engine.run import Run
 from fewmask.engine.stage import Stage
 from fewmask.models import build_encoder
@@ -62,6 +65,52 @@ def test_neighbours_are_the_nearest_others_by_cosine():
     assert [[i for i, _ in near] for near in found] == [[1, 2, 3], [2, 1, 0]]
     assert found[0][0][1] == pytest.approx(np.cos(0.1))
     assert len(neighbours(features, [0], 10)[0]) == 4
+
+
+def test_an_encoder_comes_to_know_whole_images_by_every_batch_alike():
+    """Against the statistics of each batch, taken at the first normalisation by hand."""
+    encoder, data = build_encoder("resnet18", size=32).eval(), cached(num=70, side=32)
+    body = encoder.body.model
+    torch.manual_seed(5)
+    began = torch.get_rng_state()
+    body.bn1.running_mean.fill_(9.0)
+    know_whole_images(encoder, data, range(70), 32)
+    rows = [range(0, 32), range(32, 64)]  # six more would be a batch of another size
+    with torch.inference_mode():
+        seen = [body.conv1(encoder.input_affine(normalise(pixels(data, r)))).transpose(0, 1).flatten(1) for r in rows]
+    torch.testing.assert_close(body.bn1.running_mean, torch.stack([x.mean(1) for x in seen]).mean(0))
+    torch.testing.assert_close(body.bn1.running_var, torch.stack([x.var(1) for x in seen]).mean(0))
+    assert not any(module.training for module in encoder.modules())
+    assert body.bn1.momentum == 0.1
+    assert torch.equal(torch.get_rng_state(), began)
+
+
+def pixels(data, rows):
+    return torch.from_numpy(data.images[list(rows)]).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_probe_sees_an_encoder_as_it_will_be_kept_and_changes_no_other_product(kept):
+    encoder, data = build_encoder("resnet18", size=32), cached(num=40, side=32)
+    body, seen = encoder.body.model, []
+    body.bn1.running_mean.fill_(9.0)
+    product = encoder if kept else torch.nn.Sequential(encoder)
+
+    def probe(model):
+        seen.append(body.bn1.running_mean.max().item())
+        return {}
+
+    probe.size = 32
+    as_kept(probe, data, range(40))(product)
+    assert (seen[0] < 9.0) == kept
+
+
+def test_one_image_has_no_statistics():
+    encoder = build_encoder("resnet18", size=32)
+    body = encoder.body.model
+    before = body.bn1.running_mean.clone()
+    know_whole_images(encoder, cached(num=1, side=32), [0], 32)
+    assert torch.equal(body.bn1.running_mean, before)
 
 
 def test_many_images_are_thinned_out_always_the_same_way():

@@ -8,11 +8,15 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fewmask.commands.stages import METHODS
+from fewmask.commands.defaults import METHODS, method_defaults
 from fewmask.config import load_recipe
 from fewmask.data.reading import read_image
+from fewmask.models import Encoder
 from fewmask.pretrain.g2ll import G2LL
+from fewmask.pretrain.mae import MAE
+from fewmask.types import UserError
 from tests.commands.conftest import read_rows, write_rows
 from tests.pretrain.test_contract import objective
 
@@ -46,6 +50,48 @@ def test_g2ll_is_given_superpixels_and_its_report_shows_them(drawn, tmp_path, mo
     for words in ("Superpixels", "Reconstruction", "Loss term: reconstruction", "Loss term: distillation"):
         assert words in page
     assert {read_image(path).shape for path in (run / "pretrain" / "preview").iterdir()} == {(32, 4 * 32, 3)}
+
+
+def test_a_cnn_is_kept_with_the_statistics_of_whole_images(drawn, tmp_path, fewmask):
+    """Those of seven steps of training, of pictures with parts painted over, would have been counted seven times."""
+    words = ("model.encoder=resnet18", "model.size=64", "model.weights=none", "pretrain.min_epoch_steps=7")
+    code, _, err = fewmask("pretrain", "simmim", f"data.root={drawn}", f"run.out={tmp_path}", *SHORT, *words)
+    assert code == 0, err
+    kept = load_file(tmp_path / "pretrain" / "model.safetensors")
+    counted = {int(value) for name, value in kept.items() if name.endswith("num_batches_tracked")}
+    num_images = json.loads((tmp_path / "pretrain" / "features.json").read_text())["num_candidates"]
+    assert counted == {max(1, num_images // 32)}
+
+
+class Later(MAE):
+    """MAE as another version may have it: it hides less unless told."""
+
+    def __init__(self, encoder: Encoder, mask_ratio: float = 0.5) -> None:
+        super().__init__(encoder, mask_ratio)
+
+
+def test_a_run_does_not_go_on_with_what_a_later_version_takes_unless_told(drawn, tmp_path, monkeypatch, fewmask):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        '[model]\nencoder = "vit_tiny_patch16"\nsize = 32\nweights = "none"\n[pretrain]\nmethod = "mae"\n'
+    )
+    words = (recipe, f"data.root={drawn}", f"run.out={tmp_path / 'run'}", *SHORT)
+    assert fewmask("pretrain", *words)[0] == 0
+    monkeypatch.setitem(METHODS["pretrain"], "mae", Later)
+    code, _, err = fewmask("pretrain", *words)
+    assert code == 1
+    assert "pretrain.method.mask_ratio=0.75, where this version takes 0.5 unless told: set" in err
+    assert fewmask("pretrain", *words, "pretrain.method.mask_ratio=0.75")[0] == 0
+
+
+def test_the_defaults_of_a_recipe_are_those_of_its_methods_and_losses():
+    recipe = load_recipe("tiny_unet", ["distill.method.losses={m2bf={}, kd={}}"])
+    found = method_defaults(recipe)["distill"]["method"]
+    assert found["losses"]["m2bf"]["weight"] == 0.1
+    assert found["losses"]["kd"].items() >= {"weight": 1.0, "temperature": 4.0}.items()
+    assert found["average"] == 0.0  # the recipe says 0.99
+    with pytest.raises(UserError, match="no distillation loss named 'mbv'"):
+        method_defaults(load_recipe("tiny_unet", ["distill.method.losses={mbv={}}"]))
 
 
 @pytest.mark.parametrize("method", ["g2ll", "tedmae", "dino", "mae method=contrastive"])

@@ -55,9 +55,43 @@ def test_settings_of_a_stage_ahead_may_be_mended(tmp_path, begun, section, free)
             enter(tmp_path, **{section: 2})
 
 
-def begun_run(folder, config, **facts):
+SCALE = {"distill": {"method": {"scale": (0.4, 1.0), "patience": 5}}}
+
+
+def settings(**method):
+    return {"distill": {"method": {"name": "dino", **method}}}
+
+
+def test_what_a_later_version_takes_unless_told_is_no_reason_to_go_on_with_it(tmp_path):
+    begun_run(tmp_path, settings(), SCALE)
+    later = {"distill": {"method": {"scale": None, "patience": 5, "new": 1}}}
+    with pytest.raises(
+        UserError, match=r"scale=\[0\.4, 1\.0\], where this version takes None unless told: set 'distill"
+    ) as told:
+        begun_run(tmp_path, settings(), later)
+    given = str(told.value).split("method.scale=")[-1].split("'")[0]  # what it says to set lets it go on
+    begun_run(tmp_path, settings(scale=json.loads(given)), later)
+    with pytest.raises(UserError, match=r"scale=\[0\.4, 1\.0\], and you asked for \[0\.2, 1\.0\]"):
+        begun_run(tmp_path, settings(scale=[0.2, 1.0]), later)
+
+
+def test_a_setting_given_as_its_default_is_no_other_setting(tmp_path):
+    begun_run(tmp_path, settings(patience=5), SCALE)
+    begun_run(tmp_path, settings(), SCALE)
+    with pytest.raises(UserError, match=r"patience=5, and you asked for 6"):
+        begun_run(tmp_path, settings(patience=6), SCALE)
+
+
+def test_a_run_from_before_defaults_were_kept_goes_on(tmp_path):
+    begun_run(tmp_path, settings())
+    with pytest.raises(UserError, match=r"patience=None, and you asked for 6"):
+        begun_run(tmp_path, settings(patience=6), SCALE)
+    begun_run(tmp_path, settings(), SCALE)
+
+
+def begun_run(folder, config, defaults=None, **facts):
     """Leave a run of these settings that has learnt something; return what run.json then holds."""
-    with Run(folder, "distill", config) as run:
+    with Run(folder, "distill", config, defaults=defaults) as run:
         (folder / "distill" / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
         run.info.update(facts)
     return json.loads((folder / "run.json").read_text())
@@ -69,6 +103,12 @@ def begun_run(folder, config, **facts):
         ({"distill": {"unlabelled": True}}, {"distill": {"unlabelled": False}}, r"distill\.unlabelled=True"),
         ({"model": {"encoder_settings": {}}}, {"model": {"encoder_settings": {"drop_path": 0.3}}}, "drop_path=None"),
         ({"run": {"precision": "bf16"}}, {"run": {"precision": "fp32"}}, r"run\.precision=bf16"),
+        ({"distill": {"losses": {"mbf": {}}}}, {"distill": {"losses": {"m2bf": {}}}}, r"distill\.losses\.m2bf=None"),
+        (
+            {"distill": {"method": {"alpha": 1, "name": "a"}}},
+            {"distill": {"method": {"alpha": 2, "name": "b"}}},
+            r"method\.name=a, and you asked for b",
+        ),
     ],
 )
 def test_a_setting_that_changes_the_result_is_compared_wherever_it_stands(tmp_path, then, now, named):

@@ -64,11 +64,11 @@ def test_gradient_reaches_the_student_only_and_the_last_layer_when_it_is_free():
     batch = seen(subject)
     for progress, free in ((0.0, False), (0.02, True)):
         subject.zero_grad()
-        subject.after_step(progress)
         subject(batch)["loss"].backward()
+        subject.before_step(progress)
         assert all(p.grad is None for p in subject.teacher.parameters())
         assert all(p.grad.abs().sum() > 0 for p in subject.encoder.parameters())
-        assert (subject.projector.prototypes.grad.abs().sum() > 0).item() is free
+        assert (subject.projector.prototypes.grad is not None) is free
 
 
 def test_the_centre_moves_in_training_and_the_teacher_after_a_step():

@@ -1,0 +1,52 @@
+"""What the settings of a recipe's methods are where it is silent: a run keeps them, as a version may change them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fewmask.config import STAGES, Recipe
+from fewmask.distill import DISTILLERS
+from fewmask.distill.distill import DEFAULT_WEIGHTS, Distill
+from fewmask.finetune import FINETUNERS
+from fewmask.pretrain import PRETRAINERS
+from fewmask.registry import choose
+
+METHODS: dict[str, dict[str, Any]] = {
+    "pretrain": dict(PRETRAINERS),
+    "finetune": dict(FINETUNERS),
+    "distill": {"distill": Distill},
+}
+_SUPPLIED = ("num_classes", "size")  # by the program: no recipe sets them
+
+
+def method_defaults(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Return what the methods of a recipe take for what it does not say, by section, in the recipe's own layout.
+
+    The losses of a distillation are told of as well. Raises UserError for a method or a loss that there is none of.
+    """
+    sections = {stage: section for stage in STAGES if (section := getattr(recipe, stage)) is not None}
+    named = {stage: {"method": section.method, "instead": section.instead} for stage, section in sections.items()}
+    return {
+        stage: {key: _of(stage, method) for key, method in methods.items() if isinstance(method, dict)}
+        for stage, methods in named.items()
+    }
+
+
+def defaults_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return what a factory takes for the settings that it is not given."""
+    parameters = inspect.signature(factory).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in _SUPPLIED}
+
+
+def _of(stage: str, method: Mapping[str, Any]) -> dict[str, Any]:
+    found = defaults_of(choose(METHODS[stage], method["name"], f"{stage} method"))
+    losses = method.get("losses", found.get("losses"))
+    if isinstance(losses, Mapping):  # anything else is refused, in a sentence, where the method is built
+        found["losses"] = {name: _of_loss(name) for name in losses}
+    return found
+
+
+def _of_loss(name: str) -> dict[str, Any]:
+    return {"weight": DEFAULT_WEIGHTS.get(name, 1.0), **defaults_of(choose(DISTILLERS, name, "distillation loss"))}
