@@ -2,7 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from pathlib import Path
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def start() -> None:
+    """Run the command line as a program of its own, with large pages of memory where the system gives them if asked."""
+    ask_for_huge_pages()
+    main()
+
+
+def ask_for_huge_pages() -> None:
+    """Begin this process again, once, with an allocator that asks for pages of 2 MB; nothing happens where it cannot.
+
+    Ours: a training step on CPUs takes from 0.25 to 0.8 of its time so on a virtual machine, which pays for each page
+    twice (benchmarks/results/huge_pages.json). glibc (2.35 or newer) reads the wish when a process begins, and
+    not later; whoever sets GLIBC_TUNABLES themselves is left alone.
+    """
+    if sys.platform != "linux" or TUNABLES in os.environ or not sys.executable or not sys.orig_argv:
+        return
+    try:
+        on_request = "[madvise]" in HUGE_PAGES.read_text(encoding="ascii")
+    except OSError:
+        return
+    if on_request:
+        os.environ[TUNABLES] = "glibc.malloc.hugetlb=1"
+        with contextlib.suppress(OSError):  # then it goes on as it is
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def main() -> None:
@@ -31,4 +62,4 @@ def fail(sentence: str, code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start()

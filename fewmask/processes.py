@@ -13,6 +13,11 @@ def num_processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def process_index() -> int:
+    """Return which of them this one is, from 0."""
+    return distributed.get_rank() if num_processes() > 1 else 0
+
+
 @torch.no_grad()
 def mean_over_processes(value: Tensor) -> Tensor:
     """Return the mean of a tensor over all processes, which must hold equal shares of the batch; no gradient."""

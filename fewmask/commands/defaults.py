@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from fewmask.auxiliary import AUXILIARY
 from fewmask.config import STAGES, Recipe
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distill import DEFAULT_WEIGHTS, Distill
@@ -21,12 +22,13 @@ METHODS: dict[str, dict[str, Any]] = {
 _SUPPLIED = ("num_classes", "size")  # by the program: no recipe sets them
 
 
-def method_defaults(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Return what the methods of a recipe take for what it does not say, by section, in the recipe's own layout.
+def method_defaults(recipe: Recipe, stages: Iterable[str] = STAGES) -> dict[str, dict[str, Any]]:
+    """Return what the methods of these stages take for what a recipe does not say, in the recipe's own layout.
 
-    The losses of a distillation are told of as well. Raises UserError for a method or a loss that there is none of.
+    The losses of a distillation and the tasks of joint training are told of as well. Raises UserError for a method, a
+    loss or a task that there is none of.
     """
-    sections = {stage: section for stage in STAGES if (section := getattr(recipe, stage)) is not None}
+    sections = {stage: section for stage in stages if (section := getattr(recipe, stage)) is not None}
     named = {stage: {"method": section.method, "instead": section.instead} for stage, section in sections.items()}
     return {
         stage: {key: _of(stage, method) for key, method in methods.items() if isinstance(method, dict)}
@@ -45,7 +47,15 @@ def _of(stage: str, method: Mapping[str, Any]) -> dict[str, Any]:
     losses = method.get("losses", found.get("losses"))
     if isinstance(losses, Mapping):  # anything else is refused, in a sentence, where the method is built
         found["losses"] = {name: _of_loss(name) for name in losses}
+    if "task" in method:
+        found["task_settings"] = _of_tasks(method["task"])
     return found
+
+
+def _of_tasks(task: object) -> dict[str, Any]:
+    if isinstance(task, str):
+        return defaults_of(choose(AUXILIARY, task, "auxiliary task"))
+    return {name: _of_tasks(name) for name in task if isinstance(name, str)} if isinstance(task, list) else {}
 
 
 def _of_loss(name: str) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
         "excluded": data.excluded,
         "teacher_digests": digests,
     }
-    finish(stage, path, product, section, objective, loader, facts)
+    finish(stage, path, product, section, facts)
     return path
 
 

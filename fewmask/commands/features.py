@@ -22,6 +22,7 @@ from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.probe import Probe, global_features, whole_images
 from fewmask.models import Encoder
 from fewmask.models.norms import renew_statistics
+from fewmask.processes import num_processes, process_index
 from fewmask.types import UserError
 
 NUM_IMAGES = 500
@@ -64,17 +65,19 @@ def as_kept(probe: Probe, dataset: CachedDataset, indices: Sequence[int]) -> Wat
 
 
 def know_whole_images(encoder: Encoder, dataset: CachedDataset, indices: Sequence[int], size: int) -> None:
-    """Make an encoder's batch normalisations know images as they are, from at most 500 (ours); a single one is left.
+    """Make an encoder's batch normalisations know images as they are, from at most 500 (ours).
 
     What they came to know in training is images with parts painted over, turned or recoloured, and whoever uses
-    the encoder as it is would get features that are off by half of their size (SimMIM on EfficientNet-Lite0).
+    the encoder as it is would get features that are off by half of their size (SimMIM on EfficientNet-Lite0). Nothing
+    changes where there are fewer than two images for each process.
     """
-    rows = np.asarray(draw(indices, NUM_IMAGES), dtype=np.int64)
-    batch_size = min(len(rows), BATCH_SIZE)
-    even = rows[: len(rows) // batch_size * batch_size]
-    if batch_size > 1:
-        device = next(encoder.parameters()).device
-        renew_statistics(encoder, whole_images(dataset.images, even, size, device, batch_size))
+    rows, world = np.asarray(draw(indices, NUM_IMAGES), dtype=np.int64), num_processes()
+    share = min(len(rows), BATCH_SIZE) // world
+    if share < 2:
+        return
+    batches = rows[: len(rows) // (share * world) * share * world].reshape(-1, world, share)
+    own = batches[:, process_index()].flatten()
+    renew_statistics(encoder, whole_images(dataset.images, own, size, next(encoder.parameters()).device, share))
 
 
 def describe_features(

@@ -24,6 +24,10 @@ from fewmask.types import Case, UserError
 Verb = Literal["pretrain", "finetune", "distill", "ensemble", "select"]
 
 
+METHODS_OF: dict[Verb, list[str]] = {"select": ["pretrain", "finetune"], "ensemble": []}
+"""The stages whose methods a verb trains by, where they are not of its name."""
+
+
 class NotTrainedError(UserError):
     """A training stopped for a reason of its own (a collapse, a loss that is not finite): a result, not an end."""
 
@@ -82,7 +86,8 @@ def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     """
     # A selection's time is that of each of its candidates.
     budget = parse_time(job.recipe.run.time)
-    with Run(job.folder, job.verb, job.config(), budget, method_defaults(job.recipe)) as run, interruptible(run):
+    defaults = method_defaults(job.recipe, METHODS_OF.get(job.verb, [job.verb]))
+    with Run(job.folder, job.verb, job.config(), budget, defaults) as run, interruptible(run):
         wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
         missing = wanted - scored(job.folder)
         if not missing and (job.facts or not job.serves_cells):

@@ -44,7 +44,7 @@ def select(recipe_name: str, overrides: Iterable[str], as_json: bool = False) ->
     check_shares(recipe, jobs)
     recipes = {job: recipe_of(recipe, section, job) for job in jobs}
     configure_torch(recipe)
-    with Run(out, "select", recipe.resolved(), defaults=method_defaults(recipe)) as run, interruptible(run):
+    with Run(out, "select", recipe.resolved()) as run, interruptible(run):
         data = prepare(run, recipe)
         line = Progress("select")
         for number, job in enumerate(jobs, start=1):
@@ -101,7 +101,8 @@ def train(run: Run, recipe: Recipe, data: Prepared, job: Candidate) -> None:
     folder = run.folder / "candidates" / job.name
     budget = parse_time(recipe.run.time)
     share = recipe.stage("pretrain").share if job.mode == "pretrain" else 0.0
-    with Run(folder, "select", recipe.resolved(), budget, method_defaults(recipe)) as own, interruptible(own):
+    defaults = method_defaults(recipe, ["pretrain", "finetune"] if job.mode == "pretrain" else ["finetune"])
+    with Run(folder, "select", recipe.resolved(), budget, defaults) as own, interruptible(own):
         own.compare_data(run.info["data"])
         own.record_data(run.info["data"])
         weights = recipe.model.weights

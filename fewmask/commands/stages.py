@@ -84,11 +84,12 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     probe = probe_for(stage, data, body, section.probe_every, recipe.model.size)
     watch = probe and as_kept(probe, data.dataset, body)
     product, facts = fit(objective, loader, section, stage, recipe.run, watch=watch)
+    write_previews(stage, objective, loader)
     if isinstance(product, Encoder):
         know_whole_images(product, data.dataset, body, recipe.model.size)
     if is_main():
         describe_features(stage.folder, encoder_of(product), data.dataset, body, recipe.model.size)
-    finish(stage, path, product, section, objective, loader, facts | {"excluded": data.excluded})
+    finish(stage, path, product, section, facts | {"excluded": data.excluded})
     return path
 
 
@@ -106,8 +107,9 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
     loader = labelled_stream(objective, section, data, recipe.run.seed)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
     product, facts = fit(objective, loader, section, stage, recipe.run, validate)
+    write_previews(stage, objective, loader)
     facts |= {"weights": weights, "num_validation": len(data.validation)}
-    finish(stage, path, product, section, objective, loader, facts)
+    finish(stage, path, product, section, facts)
     return path
 
 
@@ -202,17 +204,14 @@ def finish(
     path: Path,
     product: torch.nn.Module,
     section: StageSection,
-    objective: Objective,
-    loader: Stream,
     facts: dict[str, Any],
 ) -> None:
-    """Write a stage's model, pictures and facts, which mark it as done, and drop its checkpoints."""
+    """Write a stage's model and facts, which mark it as done, and drop its checkpoints."""
     if is_main():
         method = section.method["name"]
         assert isinstance(product, Encoder | Segmenter)
         made_by = stage.run.info["versions"].get("fewmask")
         save_model(path, product, {"stage": stage.name, "method": method, "fewmask": made_by})
-        _previews(stage, objective, loader)
         kind = "segmenter" if isinstance(product, Segmenter) else "encoder"
         stage.finish(method=method, product=kind, settings=section.model_dump(mode="json"), **facts)
         flush_folder(stage.folder)
@@ -220,8 +219,10 @@ def finish(
     wait_for_everyone()
 
 
-def _previews(stage: Stage, objective: Objective, loader: Stream) -> None:
+def write_previews(stage: Stage, objective: Objective, loader: Stream) -> None:
     """Write the pictures the objective wants to show, side by side, one file an image."""
+    if not is_main():
+        return
     seed_step(stage.run.seed, 0, stream=3)
     objective.eval()
     device = next(objective.parameters()).device

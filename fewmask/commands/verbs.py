@@ -20,7 +20,7 @@ def stage(name: str, recipe_name: str, overrides: Iterable[str]) -> int:
     out = recipe.run.out or Path("runs") / f"{Path(recipe_name).stem}-{name}"
     configure_torch(recipe)
     budget = parse_time(recipe.run.time)
-    with Run(out, name, recipe.resolved(), budget, method_defaults(recipe)) as folder, interruptible(folder):
+    with Run(out, name, recipe.resolved(), budget, method_defaults(recipe, [name])) as folder, interruptible(folder):
         data = prepare(folder, recipe, needs_masks=name != "pretrain")
         if name == "pretrain":
             path = pretrain(folder, recipe, data, budget)

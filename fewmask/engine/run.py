@@ -34,7 +34,7 @@ _FREE = {
     "data": ("root", "unlabelled", "cache", "licence"),
     **dict.fromkeys(_STAGES, ("checkpoint_seconds", "probe_every")),
 }
-_MADE_BY = ("command", "versions", "git", "threads", "defaults")  # of a finished run these stay those that made it
+_MADE_BY = ("command", "versions", "git", "threads")  # of a finished run these stay those that made it
 
 _LEARNT = ("*/checkpoints/step_*", "*/stage.json")
 _READ_BY = {**{name: name for name in _STAGES}, "student": "distill"}  # sections that one stage alone reads
@@ -103,9 +103,9 @@ class Run:
 
     Entering it creates `run.json`, or checks that the folder holds the same run: once something was learnt, other
     settings or changed data raise a UserError that says what differs. `defaults` are those of settings that `config`,
-    in whose layout they are, may leave out, and count as settings. While `deferring`, SIGTERM and Ctrl-C set
-    `stop_requested`, and the training loop saves and raises `Interrupted`; at other times, or the second time, they
-    end the work at once.
+    in whose layout they are, may leave out: what has begun with others, and is not finished, does not go on. While
+    `deferring`, SIGTERM and Ctrl-C set `stop_requested`, and the training loop saves and raises `Interrupted`; at other
+    times, or the second time, they end the work at once.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class Run:
             self._check_same(old if begun else {}, begun)  # before anything was learnt, settings may be mended
             finished = bool(begun) and old.get("status") == "done" and old.get("verb") == self.verb
             facts = {key: value for key, value in self._facts(old).items() if not (finished and key in _MADE_BY)}
-            self.info: dict[str, Any] = {**old, **facts, "status": "running"}
+            kept = {stage: old.get("defaults", {}).get(stage, {}) for stage in begun & self.defaults.keys()}
+            self.info: dict[str, Any] = {**old, **facts, "defaults": self.defaults | kept, "status": "running"}
             self.info.pop("reason", None)
             self.save()
         except BaseException:
@@ -201,7 +202,6 @@ class Run:
             "verb": self.verb,
             "command": shlex.join(["fewmask", *sys.argv[1:]]),
             "config": self.config,
-            "defaults": self.defaults,
             "versions": versions(),
             "git": git_commit(),
             "threads": torch.get_num_threads(),
@@ -235,8 +235,9 @@ class Run:
             if name == "run" and then.get("precision") == "auto":  # older tables did not settle it
                 free = (*free, "precision")
             before, after = {**old_defaults, **then}, {**defaults, **now}
-            keys = said | (old_defaults.keys() & defaults.keys())
-            changed = [key for key in keys if key not in free and before.get(key) != after.get(key)]
+            goes_on = old.get("status") != "done"  # what is finished learns nothing more
+            keys = said | (old_defaults.keys() & defaults.keys() if goes_on else set())
+            changed = [key for key in keys if key not in free and _differ(key, before, after)]
             if changed:
                 key = min(changed, key=lambda key: (not key.endswith(".name"), -key.count("."), key))
                 self._refuse(f"{name}.{key}", before.get(key), after.get(key), asked=key in said, verb=old.get("verb"))
@@ -248,10 +249,14 @@ class Run:
                 f"own, and model.weights={self.folder} to begin with what was learnt there."
             )
         if not asked:
-            way = "" if then is None else f"set '{key}={json.dumps(then)}' to go on with it, or "
+            way = (
+                ""
+                if then is None
+                else f", or, where it is not part of a table or a selection, set '{key}={json.dumps(then)}'"
+            )
             raise UserError(
-                f"{self.folder} holds a run with {key}={then}, where this version takes {now} unless told: {way}use "
-                "another output folder."
+                f"{self.folder} was begun with {key}={then}, where this version takes {now} unless told; use another "
+                f"output folder, or go on with the version that its run.json names{way}."
             )
         raise UserError(
             f"{self.folder} holds a run with {key}={then}, and you asked for {now}; "
@@ -346,6 +351,14 @@ def interruptible(run: Run) -> Iterator[None]:
         run.stop_requested = True
         raise Interrupted from None
     run.check_stop()
+
+
+def _differ(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Return whether a setting is another; a section that was left empty is no other than its defaults."""
+    for one, other in ((before, after), (after, before)):
+        if one.get(key) == {} and any(name.startswith(f"{key}.") for name in other):
+            return False
+    return before.get(key) != after.get(key)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,6 @@ from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 from fewmask.processes import mean_with_gradient, num_processes
 
@@ -34,12 +33,21 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
 def renew_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Make the running statistics of all batch normalisations those of these batches, in place.
 
-    Every batch counts alike; modes and the random generators are left as they are. Several processes must do so at
-    once, with batches of one size.
+    Every batch counts alike. All else is in eval mode, so that no path is dropped and nothing is drawn, and goes back
+    to the mode it came in. Of several processes each gives an equal part of every batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng():  # paths may be dropped
-        update_bn(batches, model)
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    modes, momenta = [(module, module.training) for module in model.modules()], [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's word for the mean of all
+        norm.train()
+    with torch.no_grad():
+        for batch in batches if norms else ():
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     for module, training in modes:
         module.training = training
 

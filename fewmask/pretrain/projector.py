@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +41,10 @@ class Projector(nn.Module):
         # As short as torch's Linear makes them: the longer a row, the less a step of Adam turns it.
         nn.init.uniform_(self.prototypes, -(bottleneck**-0.5), bottleneck**-0.5)
         self.freeze_last = freeze_last
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}gate", None)  # a buffer of earlier versions, which said whether the last layer is held
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def embed(self, feature: Tensor) -> Tensor:
         """Return the bottleneck of unit length, float32 (b, bottleneck), of a global feature (b, d)."""

@@ -63,6 +63,10 @@ def test_a_cnn_is_kept_with_the_statistics_of_whole_images(drawn, tmp_path, fewm
     assert counted == {max(1, num_images // 32)}
 
 
+def stop(*_):
+    raise KeyboardInterrupt
+
+
 class Later(MAE):
     """MAE as another version may have it: it hides less unless told."""
 
@@ -76,11 +80,13 @@ def test_a_run_does_not_go_on_with_what_a_later_version_takes_unless_told(drawn,
         '[model]\nencoder = "vit_tiny_patch16"\nsize = 32\nweights = "none"\n[pretrain]\nmethod = "mae"\n'
     )
     words = (recipe, f"data.root={drawn}", f"run.out={tmp_path / 'run'}", *SHORT)
-    assert fewmask("pretrain", *words)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("fewmask.commands.stages.know_whole_images", stop)
+        assert fewmask("pretrain", *words)[0] == 130
     monkeypatch.setitem(METHODS["pretrain"], "mae", Later)
     code, _, err = fewmask("pretrain", *words)
     assert code == 1
-    assert "pretrain.method.mask_ratio=0.75, where this version takes 0.5 unless told: set" in err
+    assert "pretrain.method.mask_ratio=0.75, where this version takes 0.5 unless told; use" in err
     assert fewmask("pretrain", *words, "pretrain.method.mask_ratio=0.75")[0] == 0
 
 

@@ -78,6 +78,25 @@ def test_a_stop_signal_saves_and_the_rest_is_not_repeated(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+class Held(TinyObjective):
+    """Takes the gradient of its first convolution away before each step, and counts how often it had one."""
+
+    seen = 0
+
+    def before_step(self, progress):
+        self.seen += self.net[0].weight.grad.abs().sum().item() > 0
+        self.net[0].weight.grad = None
+
+
+def test_what_an_objective_takes_away_before_a_step_is_not_learnt(tmp_path):
+    objective = Held()
+    began = state(objective)
+    train(tmp_path, epochs=2, objective=lambda: objective)
+    assert objective.seen == 6
+    assert torch.equal(objective.net[0].weight, began["net.0.weight"])
+    assert not torch.equal(objective.net[3].weight, began["net.3.weight"])
+
+
 def test_a_torn_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     _, _, whole = train(tmp_path / "whole")
     with pytest.raises(MemoryError):

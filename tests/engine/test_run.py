@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 
 from fewmask.engine.run import Run, versions
-from fewmask.types import UserError
+from fewmask.types import Interrupted, UserError
 from tests.engine.tiny import train
 
 
@@ -63,10 +64,10 @@ def settings(**method):
 
 
 def test_what_a_later_version_takes_unless_told_is_no_reason_to_go_on_with_it(tmp_path):
-    begun_run(tmp_path, settings(), SCALE)
+    begun_run(tmp_path, settings(), SCALE, stopped=True)
     later = {"distill": {"method": {"scale": None, "patience": 5, "new": 1}}}
     with pytest.raises(
-        UserError, match=r"scale=\[0\.4, 1\.0\], where this version takes None unless told: set 'distill"
+        UserError, match=r"scale=\[0\.4, 1\.0\], where this version takes None unless told; use"
     ) as told:
         begun_run(tmp_path, settings(), later)
     given = str(told.value).split("method.scale=")[-1].split("'")[0]  # what it says to set lets it go on
@@ -82,18 +83,37 @@ def test_a_setting_given_as_its_default_is_no_other_setting(tmp_path):
         begun_run(tmp_path, settings(patience=6), SCALE)
 
 
+def test_a_finished_run_may_be_looked_at_by_a_later_version_and_keeps_what_it_was_made_with(tmp_path):
+    begun_run(tmp_path, settings(), SCALE)
+    assert begun_run(tmp_path, settings(), {"distill": {"method": {"scale": None}}})["defaults"] == {
+        "distill": {"method": {"scale": [0.4, 1.0], "patience": 5}}
+    }
+
+
 def test_a_run_from_before_defaults_were_kept_goes_on(tmp_path):
-    begun_run(tmp_path, settings())
+    record = begun_run(tmp_path, settings(), stopped=True)
+    del record["defaults"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"patience=None, and you asked for 6"):
         begun_run(tmp_path, settings(patience=6), SCALE)
-    begun_run(tmp_path, settings(), SCALE)
+    assert begun_run(tmp_path, settings(), SCALE)["defaults"] == {"distill": {}}  # nobody knows what it began with
 
 
-def begun_run(folder, config, defaults=None, **facts):
+def test_a_section_left_empty_is_its_defaults(tmp_path):
+    temperature = {"distill": {"losses": {"kd": {"temperature": 4.0}}}}
+    begun_run(tmp_path, {"distill": {"losses": {"kd": {}}}}, temperature, stopped=True)
+    begun_run(tmp_path, temperature, temperature, stopped=True)
+    with pytest.raises(UserError, match=r"losses\.kd\.temperature=4\.0, and you asked for 1"):
+        begun_run(tmp_path, {"distill": {"losses": {"kd": {"temperature": 1}}}}, temperature)
+
+
+def begun_run(folder, config, defaults=None, stopped=False, **facts):
     """Leave a run of these settings that has learnt something; return what run.json then holds."""
-    with Run(folder, "distill", config, defaults=defaults) as run:
+    with contextlib.suppress(Interrupted), Run(folder, "distill", config, defaults=defaults) as run:
         (folder / "distill" / "checkpoints" / "step_1").mkdir(parents=True, exist_ok=True)
         run.info.update(facts)
+        if stopped:
+            raise Interrupted
     return json.loads((folder / "run.json").read_text())
 
 

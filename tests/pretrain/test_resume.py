@@ -33,6 +33,7 @@ def train(subject: Objective, optimiser: torch.optim.Optimizer, steps: range) ->
         loss = subject(subject.views()(raw_batch(seed=step)))["loss"]
         optimiser.zero_grad()
         loss.backward()
+        subject.before_step(step / 4)
         optimiser.step()
         subject.after_step(step / 4)
 

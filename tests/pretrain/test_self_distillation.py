@@ -127,10 +127,19 @@ def test_the_last_layer_waits_for_its_time_and_then_steps_no_further_than_from_a
         step(0.05)
     assert torch.equal(projector.prototypes, began)
     assert not torch.equal(projector.mlp[0].weight, hidden)
+    assert projector.prototypes not in optimiser.state
     step(0.1)
     moved = (projector.prototypes.detach() - began * (1 - 1e-3 * 0.1)).abs()
     assert moved[0].max() > 5e-4
     assert moved.max() < 1.001e-3  # Adam's first step is one of the rate, not the several of a late one
+
+
+def test_a_checkpoint_of_a_version_that_kept_a_gate_is_read():
+    projector = Projector(5, 7, hidden=16, bottleneck=4)
+    older = {"teacher.gate": torch.tensor(1.0)} | {f"teacher.{k}": v + 1 for k, v in projector.state_dict().items()}
+    whole = torch.nn.ModuleDict({"teacher": projector})
+    whole.load_state_dict(older)
+    assert torch.equal(projector.prototypes, older["teacher.prototypes"])
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16", "resnet18"])
