@@ -159,9 +159,14 @@ def gain(found: dict[str, Any], row: str, fraction: float, against: str, data: s
     return ""
 
 
+TABLE1 = ("g2ll_table1_every_row", "g2ll_table1_every_mask")
+"""Of the same pre-trainings: fine-tuned on 1 and 10 % of the masks, and for more steps on all."""
+
+
 def pretrained() -> list[str]:
     """Return G2LL's table 1: Dice by share of the masks, and what a row gains over no pre-training."""
-    found = json.loads((HERE / "results" / "g2ll_table1.json").read_text())
+    few, every = (json.loads((HERE / "results" / f"{name}.json").read_text()) for name in TABLE1)
+    found = {**few, **{key: few[key] + every[key] for key in ("rows", "differences")}}
     dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
     fractions = sorted({fraction for _, fraction in dice})
     shares = [f"{100 * fraction:g} %" for fraction in fractions]
