@@ -20,8 +20,8 @@ def start() -> None:
 def ask_for_huge_pages() -> None:
     """Begin this process again, once, with an allocator that asks for pages of 2 MB; nothing happens where it cannot.
 
-    Ours: a training step on CPUs takes from 0.25 to 0.8 of its time so on a virtual machine, which pays for each page
-    twice (benchmarks/results/huge_pages.json). glibc (2.35 or newer) reads the wish when a process begins, and
+    Ours: on a CPU a training step takes 0.66 to 0.87 of its time so, in a virtual machine's slow hours less than half
+    (benchmarks/2026-11-22-pretraining-cost.md). glibc (2.35 or newer) reads the wish when a process begins, and
     not later; whoever sets GLIBC_TUNABLES themselves is left alone.
     """
     if sys.platform != "linux" or TUNABLES in os.environ or not sys.executable or not sys.orig_argv:

@@ -249,11 +249,8 @@ class Run:
                 f"own, and model.weights={self.folder} to begin with what was learnt there."
             )
         if not asked:
-            way = (
-                ""
-                if then is None
-                else f", or, where it is not part of a table or a selection, set '{key}={json.dumps(then)}'"
-            )
+            told = f", or, where it is not part of a table or a selection, set '{key}={json.dumps(then)}'"
+            way = "" if then is None else told
             raise UserError(
                 f"{self.folder} was begun with {key}={then}, where this version takes {now} unless told; use another "
                 f"output folder, or go on with the version that its run.json names{way}."
