@@ -17,7 +17,7 @@ DISTILL = "kd-sharp+pseudo"  # what `fewmask distill` does
 # Its gain, and those of the paper's method with a tenth of its weight and at weight 1.
 LOSSES = {DISTILL: "`distill`", "m2bf-light": "M2BF at a tenth", "m2bf": "M2BF"}
 CONTINUED = ("simmim", "dino", "g2ll", "tedmae", "figure")
-PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1": "random"}  # what their rows are compared with
+PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1_every_row": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
