@@ -59,6 +59,7 @@ def first_losses(name, stage, dataset):
         loss = objective(views(loader.batch(step)))["loss"]
         optimiser.zero_grad()
         loss.backward()
+        objective.before_step(step / 100)
         optimiser.step()
         objective.after_step(step / 100)
         losses.append(loss.item())
