@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fewmask demo --out demo
 
 test: lint
-	@# Large pages of memory, as the command line asks for: the suite takes 0.88 of the time.
+	@# Large pages of memory, as the command line asks for: the suite takes 0.88 of the time beside other work.
 	GLIBC_TUNABLES=$${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev

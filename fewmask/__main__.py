@@ -20,7 +20,8 @@ def start() -> None:
 def ask_for_huge_pages() -> None:
     """Begin this process again, once, with an allocator that asks for pages of 2 MB; nothing happens where it cannot.
 
-    Ours: on a CPU a training step takes 0.66 to 0.87 of its time so, in a virtual machine's slow hours less than half
+    Ours: on a virtual machine a training step on a CPU takes 0.66 to 0.87 of its time so where another training works
+    beside it, less than half in bad hours, and as good as all of it on a quiet machine
     (benchmarks/2026-11-22-pretraining-cost.md). glibc (2.35 or newer) reads the wish when a process begins, and
     not later; whoever sets GLIBC_TUNABLES themselves is left alone.
     """
