@@ -62,11 +62,15 @@ def test_a_wish_of_the_users_own_stands(system, monkeypatch):
 
 
 def test_it_goes_on_where_it_may_not_begin_anew(system, monkeypatch):
-    def refuse(*_):
+    tried = []
+
+    def refuse(path, words):
+        tried.append(path)
         raise PermissionError
 
     monkeypatch.setattr(os, "execv", refuse)
     program.ask_for_huge_pages()
+    assert tried == [sys.executable]
 
 
 def test_a_process_begins_once_and_stays_the_same_one():
