@@ -25,24 +25,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.precision import MakeLoop, finetuning, pretraining
+from benchmarks.precision import MakeLoop, cells
 from benchmarks.throughput import one_step
 from fewmask.__main__ import HUGE_PAGES, TUNABLES
 from fewmask.config import RunSection
 from fewmask.engine.device import resolve_precision
 from fewmask.engine.run import versions, write_json
 
-CELLS: dict[str, partial[Any]] = {
-    "mae on vit_micro_patch8@64, batch 64": partial(pretraining, "mae", "vit_micro_patch8", 64, 64),
-    "mae on vit_tiny_patch8@128, batch 16": partial(pretraining, "mae", "vit_tiny_patch8", 128, 16),
-    "g2ll on vit_tiny_patch8@128, batch 8": partial(pretraining, "g2ll", "vit_tiny_patch8", 128, 8),
-    "simmim on efficientnet_lite0@128, batch 16": partial(pretraining, "simmim", "efficientnet_lite0", 128, 16),
-    "fine-tuning, unet on efficientnet_lite0@128, batch 16": partial(finetuning, "unet on efficientnet_lite0", 128, 16),
-    "fine-tuning, mobile_unet on efficientnet_lite0@128, batch 16": partial(
-        finetuning, "mobile_unet on efficientnet_lite0", 128, 16
-    ),
-    "fine-tuning, tiny_unet on tiny@128, batch 16": partial(finetuning, "tiny_unet on tiny", 128, 16),
-}
+CELLS = cells()
 KINDS = {"4 kB": {TUNABLES: "glibc.malloc.hugetlb=0"}, "2 MB": {TUNABLES: "glibc.malloc.hugetlb=1"}}
 
 

@@ -52,6 +52,17 @@ def finetuning(name: str, size: int, num: int, precision: str, folder: Path) -> 
     return build_loop(objective, raw_batch(num, size, masked=True), section, precision, folder)
 
 
+def cells(size: int = 128, num: int = 16) -> dict[str, MakeLoop]:
+    """Return what is measured by name; the size and batch are those of the fine-tunings."""
+    pretrainings: dict[str, MakeLoop] = {
+        f"{method} on {encoder}@{side}, batch {batch}": partial(pretraining, method, encoder, side, batch)
+        for method, encoder, side, batch in PRETRAINED
+    }
+    return pretrainings | {
+        f"fine-tuning, {name}@{size}, batch {num}": partial(finetuning, name, size, num) for name in SEGMENTERS
+    }
+
+
 def main() -> None:
     """Measure and write one JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,14 +74,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    cells: dict[str, MakeLoop] = {
-        f"{method} on {encoder}@{size}, batch {num}": partial(pretraining, method, encoder, size, num)
-        for method, encoder, size, num in PRETRAINED
-    }
-    for name in SEGMENTERS:
-        cells[f"fine-tuning, {name}@{args.size}, batch {args.batch}"] = partial(finetuning, name, args.size, args.batch)
     rows = []
-    for name, make in cells.items():
+    for name, make in cells(args.size, args.batch).items():
         with tempfile.TemporaryDirectory() as scratch:
             sides = {p: partial(one_step, make(p, Path(scratch) / p)) for p in ("fp32", "bf16")}
             seconds = take_turns(sides, args.rounds, CLOCKS[args.clock])

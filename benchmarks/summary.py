@@ -173,7 +173,7 @@ def pretrained() -> list[str]:
     heads = ["pre-training", "epochs", *shares, *(f"{share}, against random" for share in shares)]
     lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
     for row in dict.fromkeys(row for row, _ in dice):
-        figures = [f"{dice[row, fraction]:.3f}" if (row, fraction) in dice else "" for fraction in fractions]
+        figures = [f"{dice[row, fraction]:.3f}" for fraction in fractions]
         gains = [gain(found, row, fraction, "random") for fraction in fractions]
         lines.append(f"| {' | '.join([row, epochs_of(found, row), *figures, *gains])} |")
     return lines

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from fewmask import __main__ as program
+from fewmask.cli import app
 
 ASK = (
     "from fewmask.__main__ import ask_for_huge_pages as ask; ask(); import os; print(os.environ.get('GLIBC_TUNABLES'))"
@@ -36,6 +37,18 @@ def system(monkeypatch, tmp_path):
     monkeypatch.setenv(program.TUNABLES, "")  # so that what is set here is taken back
     monkeypatch.delenv(program.TUNABLES)
     return told
+
+
+@pytest.mark.parametrize(("words", "asked"), [(["run", "data"], 1), (["predict", "run"], 0), (["--help"], 0), ([], 0)])
+def test_only_what_trains_begins_anew(monkeypatch, words, asked):
+    told = []
+    monkeypatch.setattr(program, "ask_for_huge_pages", lambda: told.append("asked"))
+    monkeypatch.setattr(program, "main", lambda: told.append("main"))
+    monkeypatch.setattr(sys, "argv", ["fewmask", *words])
+    program.start()
+    assert told == ["asked"] * asked + ["main"]
+    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(program.TRAINING) == verbs - {"check", "evaluate", "export", "predict", "report", "serve"}
 
 
 def test_it_begins_anew_with_the_same_words(system):

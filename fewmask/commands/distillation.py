@@ -14,7 +14,7 @@ from torch import nn
 from fewmask.commands.predictions import Answers
 from fewmask.commands.prepare import Prepared
 from fewmask.commands.select import SELECTION, chosen_folders
-from fewmask.commands.stages import finish, objective_for
+from fewmask.commands.stages import finish, fit_and_show, objective_for
 from fewmask.config import DistillSection, Recipe
 from fewmask.data.loader import Loader
 from fewmask.data.streams import MixedLoader
@@ -22,7 +22,7 @@ from fewmask.deploy.run_files import find_segmenter
 from fewmask.distill.distill import KD_ALONE, Distill
 from fewmask.distill.kd import KD
 from fewmask.engine.device import resolve_precision
-from fewmask.engine.fit import Stream, fit
+from fewmask.engine.fit import Stream
 from fewmask.engine.run import Run, is_main, read_json, seed_step, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import Row, read_case_csv
@@ -69,7 +69,7 @@ def distill(run: Run, recipe: Recipe, data: Prepared, teachers: Sequence[Path], 
     if stage.budget is not None:  # asking the teachers is part of the time that was given
         stage.budget = max(stage.budget - (stage.now() - asked), 0.5 * stage.budget)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
-    product, facts = fit(objective, loader, section, stage, recipe.run, validate)
+    product, facts = fit_and_show(objective, loader, section, stage, recipe.run, validate)
     facts |= {"teachers": [str(file) for file in files], "num_validation": len(data.validation)}
     facts |= {
         "num_labelled": len(data.labelled),

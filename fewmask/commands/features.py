@@ -68,8 +68,8 @@ def know_whole_images(encoder: Encoder, dataset: CachedDataset, indices: Sequenc
     """Make an encoder's batch normalisations know images as they are, from at most 500 (ours).
 
     What they came to know in training is images with parts painted over, turned or recoloured, and whoever uses
-    the encoder as it is would get features that are off by half of their size (SimMIM on EfficientNet-Lite0). Nothing
-    changes where there are fewer than two images for each process.
+    the encoder as it is would get features that are off by half of their size and more (EfficientNet-Lite0 and SimMIM's
+    masks). Nothing changes where there are fewer than two images for each process.
     """
     rows, world = np.asarray(draw(indices, NUM_IMAGES), dtype=np.int64), num_processes()
     share = min(len(rows), BATCH_SIZE) // world

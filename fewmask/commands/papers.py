@@ -269,7 +269,7 @@ def _value(recipe: Recipe, key: str) -> Any:
 def _method(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the method's settings by name, its constructor's defaults filled in, with its own "name"."""
     given = recipe.stage(stage).method
-    settings = {**method_defaults(recipe)[stage]["method"], **given}
+    settings = {**method_defaults(recipe, [stage])[stage]["method"], **given}
     shape = VIT_SHAPES.get(recipe.model.encoder)
     for key, as_encoder in (("decoder_dim", "dim"), ("decoder_heads", "heads")):
         if key in settings and settings[key] is None and shape is not None:

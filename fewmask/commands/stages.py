@@ -18,13 +18,13 @@ from PIL import Image
 from fewmask.commands.defaults import METHODS
 from fewmask.commands.features import as_kept, describe_features, know_whole_images, probe_for
 from fewmask.commands.prepare import Prepared
-from fewmask.config import Recipe, StageSection
+from fewmask.config import Recipe, RunSection, StageSection
 from fewmask.data.loader import Loader
 from fewmask.data.streams import PairedLoader
 from fewmask.data.superpixels import Slic, superpixel_maps
 from fewmask.disk import flush_folder
 from fewmask.engine.device import accelerator_for, resolve_precision
-from fewmask.engine.fit import Stream, fit
+from fewmask.engine.fit import Stream, Validate, Watch, fit
 from fewmask.engine.run import Run, is_main, seed_step, wait_for_everyone
 from fewmask.engine.stage import Progress, Stage
 from fewmask.evaluate.validation import Validation
@@ -83,8 +83,7 @@ def pretrain(run: Run, recipe: Recipe, data: Prepared, budget: float | None = No
     loader = Loader(data.dataset, body, section.batch_size, recipe.run.seed, section.min_epoch_steps, maps)
     probe = probe_for(stage, data, body, section.probe_every, recipe.model.size)
     watch = probe and as_kept(probe, data.dataset, body)
-    product, facts = fit(objective, loader, section, stage, recipe.run, watch=watch)
-    write_previews(stage, objective, loader)
+    product, facts = fit_and_show(objective, loader, section, stage, recipe.run, watch=watch)
     if isinstance(product, Encoder):
         know_whole_images(product, data.dataset, body, recipe.model.size)
     if is_main():
@@ -106,8 +105,7 @@ def finetune(run: Run, recipe: Recipe, data: Prepared, weights: str, budget: flo
     objective = objective_for("finetune", recipe, weights)
     loader = labelled_stream(objective, section, data, recipe.run.seed)
     validate = Validation(data.dataset, data.validation, recipe.model.size, precision=resolve_precision(recipe.run))
-    product, facts = fit(objective, loader, section, stage, recipe.run, validate)
-    write_previews(stage, objective, loader)
+    product, facts = fit_and_show(objective, loader, section, stage, recipe.run, validate)
     facts |= {"weights": weights, "num_validation": len(data.validation)}
     finish(stage, path, product, section, facts)
     return path
@@ -199,6 +197,22 @@ def _refuse(section: str, settings: dict[str, Any], reserved: tuple[str, ...]) -
             )
 
 
+def fit_and_show(
+    objective: Objective,
+    loader: Stream,
+    section: StageSection,
+    stage: Stage,
+    run: RunSection,
+    validate: Validate | None = None,
+    watch: Watch | None = None,
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Train by the one loop, leave pictures of what was trained as it is then, and return what `fit` does."""
+    product, facts = fit(objective, loader, section, stage, run, validate, watch)
+    if is_main():
+        _previews(stage, objective, loader)
+    return product, facts
+
+
 def finish(
     stage: Stage,
     path: Path,
@@ -219,10 +233,8 @@ def finish(
     wait_for_everyone()
 
 
-def write_previews(stage: Stage, objective: Objective, loader: Stream) -> None:
+def _previews(stage: Stage, objective: Objective, loader: Stream) -> None:
     """Write the pictures the objective wants to show, side by side, one file an image."""
-    if not is_main():
-        return
     seed_step(stage.run.seed, 0, stream=3)
     objective.eval()
     device = next(objective.parameters()).device

@@ -55,6 +55,15 @@ def test_the_chain_ends_with_its_student(taught):
     assert exported["num_parameters"] <= sizes[1]
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"), [("pretrain", "reconstruction"), ("finetune", "augmented"), ("distill", "teacher_and_student")]
+)
+def test_every_stage_shows_what_it_was_trained_on(taught, stage, name):
+    assert {f"{name}_{number:02d}.png" for number in range(4)} <= {
+        p.name for p in (taught / stage / "preview").iterdir()
+    }
+
+
 def test_the_chain_says_what_was_lost_and_gained(taught):
     found = json.loads((taught / "distill" / "comparison.json").read_text())
     own = json.loads((taught / "metrics.json").read_text())["test"]["dice"]["mean"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fewmask.commands import features
 from fewmask.commands.features import (
     NUM_IMAGES,
     THUMBNAIL,
@@ -104,6 +105,24 @@ def test_a_probe_sees_an_encoder_as_it_will_be_kept_and_changes_no_other_product
     probe.size = 32
     as_kept(probe, data, range(40))(product)
     assert (seen[0] < 9.0) == kept
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_processes_share_each_batch(monkeypatch, world):
+    """Together they show the encoder what one would, batch by batch."""
+    shown = []
+    monkeypatch.setattr(features, "renew_statistics", lambda _, batches: shown.append(list(batches)))
+    monkeypatch.setattr(features, "num_processes", lambda: world)
+    data = cached(num=70, side=32)
+    for rank in range(world):
+        monkeypatch.setattr(features, "process_index", lambda rank=rank: rank)
+        know_whole_images(build_encoder("resnet18", size=32), data, range(70), 32)
+    size = 32 // world * world
+    assert [len(parts) for parts in shown] == [70 // size] * world
+    for number, parts in enumerate(zip(*shown, strict=True)):
+        assert {len(part) for part in parts} == {32 // world}
+        rows = range(number * size, (number + 1) * size)
+        assert torch.equal(torch.cat(parts), normalise(pixels(data, rows)))
 
 
 def test_one_image_has_no_statistics():

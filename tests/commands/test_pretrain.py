@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewmask.commands.defaults import METHODS, method_defaults
+from fewmask.auxiliary import AUXILIARY
+from fewmask.commands.defaults import METHODS, defaults_of, method_defaults
+from fewmask.commands.features import know_whole_images
 from fewmask.config import load_recipe
 from fewmask.data.reading import read_image
 from fewmask.models import Encoder
@@ -52,8 +54,18 @@ def test_g2ll_is_given_superpixels_and_its_report_shows_them(drawn, tmp_path, mo
     assert {read_image(path).shape for path in (run / "pretrain" / "preview").iterdir()} == {(32, 4 * 32, 3)}
 
 
-def test_a_cnn_is_kept_with_the_statistics_of_whole_images(drawn, tmp_path, fewmask):
-    """Those of seven steps of training, of pictures with parts painted over, would have been counted seven times."""
+def test_a_cnn_is_kept_with_the_statistics_of_whole_images(drawn, tmp_path, monkeypatch, fewmask):
+    """Those of seven steps of training, of pictures with parts painted over, would have been counted seven times.
+
+    What it paints is shown before, while it knows such pictures.
+    """
+    shown = []
+
+    def know(*given):
+        shown.extend(path.name for path in (tmp_path / "pretrain" / "preview").iterdir())
+        know_whole_images(*given)
+
+    monkeypatch.setattr("fewmask.commands.stages.know_whole_images", know)
     words = ("model.encoder=resnet18", "model.size=64", "model.weights=none", "pretrain.min_epoch_steps=7")
     code, _, err = fewmask("pretrain", "simmim", f"data.root={drawn}", f"run.out={tmp_path}", *SHORT, *words)
     assert code == 0, err
@@ -61,6 +73,7 @@ def test_a_cnn_is_kept_with_the_statistics_of_whole_images(drawn, tmp_path, fewm
     counted = {int(value) for name, value in kept.items() if name.endswith("num_batches_tracked")}
     num_images = json.loads((tmp_path / "pretrain" / "features.json").read_text())["num_candidates"]
     assert counted == {max(1, num_images // 32)}
+    assert "reconstruction_00.png" in shown
 
 
 def stop(*_):
@@ -96,6 +109,13 @@ def test_the_defaults_of_a_recipe_are_those_of_its_methods_and_losses():
     assert found["losses"]["m2bf"]["weight"] == 0.1
     assert found["losses"]["kd"].items() >= {"weight": 1.0, "temperature": 4.0}.items()
     assert found["average"] == 0.0  # the recipe says 0.99
+    method = {"name": "joint", "task": "rotation"}
+    joint = load_recipe("unet", given={"finetune.method": method})
+    assert method_defaults(joint)["finetune"]["method"]["task_settings"] == defaults_of(AUXILIARY["rotation"])
+    both = load_recipe("unet", given={"finetune.method": {**method, "task": ["restoration"]}})
+    kept = method_defaults(both)["finetune"]["method"]["task_settings"]
+    assert kept == {"restoration": defaults_of(AUXILIARY["restoration"])}
+    assert kept["restoration"]["shuffle"] == 0.5
     with pytest.raises(UserError, match="no distillation loss named 'mbv'"):
         method_defaults(load_recipe("tiny_unet", ["distill.method.losses={mbv={}}"]))
 
