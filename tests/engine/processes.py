@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -110,6 +111,8 @@ def work(rank: int, folder: Path, jobs: list[str]) -> None:
         objective = objective_of(name)
         facts = train(folder / job, objective, optimiser=optimiser)
         torch.save({"state": objective.state_dict(), "facts": facts}, folder / f"{job}.{rank}.pt")
+        if rank == 0:
+            shutil.rmtree(folder / job)  # twice the state, and no test reads it
     objective = objective_of("g2ll")
     facts = train(folder / "grown", objective, Pictures(), epochs=3)  # what one process has left
     torch.save({"state": objective.state_dict(), "facts": facts}, folder / f"grown.{rank}.pt")

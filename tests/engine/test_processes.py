@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,14 @@ FIXED = r"\.pos|guard|input_affine|gate$"
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """The folder in which two processes have done all jobs."""
+def two(tmp_path_factory) -> Iterator[Path]:
+    """The folder in which two processes have done all jobs; half a GB, so it goes when the last test here has ended."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(Interrupted):
         train(folder / "grown", objective_of("g2ll"), Pictures(stop=3), epochs=3)
     multiprocessing.spawn(work, (folder, JOBS), nprocs=2)
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 def load(path: Path) -> dict:
