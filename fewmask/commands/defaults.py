@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from fewmask.auxiliary import AUXILIARY
 from fewmask.config import STAGES, Recipe
 from fewmask.distill import DISTILLERS
 from fewmask.distill.distill import DEFAULT_WEIGHTS, Distill
+from fewmask.engine.run import leaves
 from fewmask.finetune import FINETUNERS
 from fewmask.pretrain import PRETRAINERS
 from fewmask.registry import choose
@@ -40,6 +42,22 @@ def defaults_of(factory: Callable[..., Any]) -> dict[str, Any]:
     """Return what a factory takes for the settings that it is not given."""
     parameters = inspect.signature(factory).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in _SUPPLIED}
+
+
+def changed_defaults(info: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]] | None:
+    """Return what a run was not told and this version takes otherwise: by dotted setting, its value then and now.
+
+    `info` is what its run.json holds, `now` what `method_defaults` returns for its recipe. None where the run does not
+    say what its defaults were, as those of earlier versions do not.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for stage, defaults in json.loads(json.dumps(now, default=str)).items():
+        if not (kept := info.get("defaults", {}).get(stage)):
+            return None
+        then, today, told = leaves(kept), leaves(defaults), leaves(info["config"].get(stage))
+        silent = (then.keys() & today.keys()) - told.keys()
+        found |= {f"{stage}.{key}": (then[key], today[key]) for key in sorted(silent) if then[key] != today[key]}
+    return found
 
 
 def _of(stage: str, method: Mapping[str, Any]) -> dict[str, Any]:

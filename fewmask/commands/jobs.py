@@ -72,6 +72,11 @@ class Job:
         """What the finished training did, None while it is not finished."""
         return stage_facts(self.folder, self.verb)
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What its methods take, in this version, for what the recipe does not say, by stage."""
+        return method_defaults(self.recipe, METHODS_OF.get(self.verb, [self.verb]))
+
     def config(self) -> dict[str, Any]:
         """Return what a resumed run must find unchanged; an ensemble's members are known by their content."""
         members = {"members": fingerprints(self.members)} if self.verb == "ensemble" else {}
@@ -86,8 +91,7 @@ def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     """
     # A selection's time is that of each of its candidates.
     budget = parse_time(job.recipe.run.time)
-    defaults = method_defaults(job.recipe, METHODS_OF.get(job.verb, [job.verb]))
-    with Run(job.folder, job.verb, job.config(), budget, defaults) as run, interruptible(run):
+    with Run(job.folder, job.verb, job.config(), budget, job.defaults) as run, interruptible(run):
         wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
         missing = wanted - scored(job.folder)
         if not missing and (job.facts or not job.serves_cells):

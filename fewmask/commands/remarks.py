@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fewmask.commands.defaults import changed_defaults
 from fewmask.commands.grid import EQUAL_WEIGHT, Order, cells
 from fewmask.commands.tables import MultiTask
+from fewmask.engine.run import read_json
 
 CELL = re.compile(r"(\d+(?:\.\d+)?(?:e-\d+)?)-(\d+)")  # the folder of a share of the masks and a seed
 STATEMENTS = (
@@ -35,6 +39,7 @@ def _statements(order: Order, rows: Sequence[Mapping[str, Any]]) -> Iterator[str
             f"The folder also holds finished runs that were not asked for this time: {told}. "
             "Name them in grid.rows, grid.fractions and grid.seeds to see them in the table."
         )
+    yield from _of_other_versions(order)
     if order.grid.folds:
         yield (
             f"The data have no split: their patients are dealt to {order.grid.folds} folds, seed k tests fold k, and "
@@ -50,6 +55,30 @@ def _statements(order: Order, rows: Sequence[Mapping[str, Any]]) -> Iterator[str
         )
     if order.what.selects:
         yield from _two_stage_statements(order)
+
+
+def _of_other_versions(order: Order) -> Iterator[str]:
+    """Yield which runs were made when their methods had other defaults, or do not say which they had."""
+    jobs = {job.folder: job for cell in cells(order) for job in order.jobs(*cell) if job.facts}
+    silent: list[Path] = []
+    others: dict[str, list[Path]] = {}
+    for folder, job in jobs.items():
+        changed = changed_defaults(read_json(folder / "run.json"), job.defaults)
+        if changed is None:
+            silent.append(folder)
+        for key, (then, now) in (changed or {}).items():
+            others.setdefault(f"{key} was {then}, in this version {now}", []).append(folder)
+    for what, folders in others.items():
+        yield f"Made by a version with another default ({what}): {_counted(order, folders)}."
+    if silent:
+        yield f"Made by a version that did not keep what its methods' defaults were: {_counted(order, silent)}."
+
+
+def _counted(order: Order, folders: Sequence[Path]) -> str:
+    """Return the runs' folders within the table's, those of one row's cells counted."""
+    counts = Counter(folder.relative_to(order.out).parts[0] for folder in folders)
+    alone = {path.name for path in folders if path.parent == order.out}
+    return ", ".join(name if name in alone else f"{name} ({number})" for name, number in counts.items())
 
 
 def _two_stage_statements(order: Order) -> Iterator[str]:

@@ -227,10 +227,10 @@ class Run:
             if self._is_ahead(name, begun):
                 continue
             section = old.get("config", {}).get(name)
-            then, now = _flat(section), _flat(self.config[name])
+            then, now = leaves(section), leaves(self.config[name])
             # A setting that an older version did not have yet had no other value.
             said = {key for key in {*then, *now} if section is not None and key.split(".")[0] in section}
-            old_defaults, defaults = _flat(old.get("defaults", {}).get(name)), _flat(self.defaults.get(name))
+            old_defaults, defaults = leaves(old.get("defaults", {}).get(name)), leaves(self.defaults.get(name))
             free = _FREE.get(name, ())
             if name == "run" and then.get("precision") == "auto":  # older tables did not settle it
                 free = (*free, "precision")
@@ -358,11 +358,11 @@ def _differ(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     return before.get(key) != after.get(key)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested section by their dotted keys; an empty one within it is a leaf."""
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a nested section by their dotted keys ("method.name"); an empty one within it is a leaf."""
     if not isinstance(value, dict) or not value:
         return {prefix: value} if prefix else {}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {k: v for name, part in value.items() for k, v in leaves(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def _now() -> str:

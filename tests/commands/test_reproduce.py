@@ -18,6 +18,7 @@ from PIL import Image
 
 from fewmask.commands.grid import place_order
 from fewmask.commands.page import write_page
+from fewmask.commands.remarks import remarks
 from fewmask.commands.reproduce import reproduce, survey
 from fewmask.commands.table import describe_cell
 from fewmask.commands.tables import TABLES
@@ -140,6 +141,29 @@ def test_what_an_earlier_call_left_in_the_folder_is_told(finished, split_data, u
     told = next(text for text in table(out)["statements"] if "not asked for" in text)
     every = [f"{share} %, seed {seed}" for share in (50, 100) for seed in (0, 1)]
     assert f"random ({'; '.join(every[1:])}), mae ({'; '.join(every)})." in told
+
+
+def test_runs_of_a_version_with_other_defaults_are_told(finished, split_data, unseen, tmp_path):
+    """Its figures stand in the table as they are, and a reader must know that they are of another method."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    changed, older = out / "mae-0" / "run.json", out / "random" / "1-1" / "run.json"
+    info = json.loads(changed.read_text())
+    info["defaults"]["pretrain"]["method"]["crop_scale"] = [0.4, 1.0]
+    info["defaults"]["pretrain"]["method"]["gone"] = 1  # a setting that there is no more
+    info["config"]["pretrain"]["method"]["norm_pix"] = True  # told, so that the default does not matter
+    info["defaults"]["pretrain"]["method"]["norm_pix"] = True
+    changed.write_text(json.dumps(info))
+    info = json.loads(older.read_text())
+    del info["defaults"]
+    older.write_text(json.dumps(info))
+    order = place_order("g2ll-table1", "smoke", out, split_data, None, (), TWO)
+    assert [text for text in remarks(order, table(out)["rows"]) if "Made by" in text] == [
+        "Made by a version with another default (pretrain.method.crop_scale was [0.4, 1.0], in this version "
+        "[0.2, 1.0]): mae-0.",
+        "Made by a version that did not keep what its methods' defaults were: random (1).",
+    ]
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, finished, TWO) == 0
+    assert "Made by" not in "".join(table(finished)["statements"])
 
 
 def test_excluded_images_and_unseen_ones_are_counted(finished, split_data):
