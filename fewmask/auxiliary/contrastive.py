@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.auxiliary.augmentation import Kind
-from fewmask.auxiliary.task import AuxiliaryTask, global_feature
+from fewmask.auxiliary.task import AuxiliaryTask
 from fewmask.data.preprocess import denormalise, normalise
 from fewmask.models import Encoder
 from fewmask.types import Batch, UserError
@@ -60,7 +60,7 @@ class Contrastive(AuxiliaryTask):
                 "The task 'contrastive' compares images, and got a batch of one: raise the batch size to at "
                 "least two for each process."
             )
-        features = global_feature(trunk, torch.cat([batch.image, batch.extra["second"]]))
+        features = trunk.global_feature(torch.cat([batch.image, batch.extra["second"]]))
         similarity, partner = similarities(self.projector(features), self.temperature)
         return {
             "loss": F.cross_entropy(similarity, partner),

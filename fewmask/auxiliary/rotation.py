@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.auxiliary.augmentation import Kind, random_start, turn_quarters
-from fewmask.auxiliary.task import AuxiliaryTask, global_feature
+from fewmask.auxiliary.task import AuxiliaryTask
 from fewmask.data.preprocess import denormalise, normalise
 from fewmask.models import Encoder
 from fewmask.types import Batch
@@ -20,7 +20,7 @@ class Rotation(AuxiliaryTask):
     Paper: the four turns, crops and left-right flips before them. Two-stage method (arXiv 2402.07119, abstract only):
     rotation as one of its five tasks, on X-rays, which have an up. Ours: a dermoscopic picture has none, so the turn
     can be told from what hardly ever turns only (light, vignette, hair, text): there the task may teach little, and
-    validation has to say so; the global feature (`global_feature`) and one linear layer; every turn a
+    validation has to say so; the global feature (`Encoder.global_feature`) and one linear layer; every turn a
     quarter of the batch, where the paper shows each image in all four.
 
     A top-bottom flip is in conflict: with both flips, an upright picture and one turned by 180 degrees have the same
@@ -49,7 +49,7 @@ class Rotation(AuxiliaryTask):
 
     def forward(self, trunk: Encoder, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and "accuracy"."""
-        logits, turn = self.head(global_feature(trunk, batch.image)).float(), batch.extra["turn"]
+        logits, turn = self.head(trunk.global_feature(batch.image)).float(), batch.extra["turn"]
         return {"loss": F.cross_entropy(logits, turn), "accuracy": (logits.argmax(1) == turn).float().mean()}
 
     def preview(self, trunk: Encoder, batch: Batch) -> dict[str, Tensor]:

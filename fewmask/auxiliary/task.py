@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fewmask.auxiliary.augmentation import Augmentation, Kind
 from fewmask.models import Encoder
-from fewmask.models.vit import Vit
 from fewmask.types import Batch, UserError, Views
 
 Property = Literal["orientation", "context", "instance", "appearance", "geometry"]
@@ -63,13 +62,6 @@ class AuxiliaryTask(nn.Module, ABC):
     def views(self) -> Views:
         """Return `see`; it draws from torch's global generator."""
         return self.see
-
-
-def global_feature(trunk: Encoder, image: Tensor) -> Tensor:
-    """Return one vector (b, d) per image (b, 3, s, s): a ViT's class token, of a CNN the mean of its coarsest map."""
-    if isinstance(trunk, Vit):
-        return trunk.tokens(image)[:, 0]
-    return trunk(image)[-1].mean((2, 3))
 
 
 def check_share(name: str, value: float) -> None:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fewmask.data.preprocess import normalise
 from fewmask.models import Encoder, encoder_of
-from fewmask.pretrain.self_distillation import global_tokens
 from fewmask.types import UserError
 
 NUM_NEIGHBOURS = 20
@@ -80,7 +79,7 @@ def global_features(
     encoder.eval()
     try:
         batches = whole_images(images, indices, size, device, batch_size)
-        parts = [global_tokens(encoder, image)[:, 0].float().cpu() for image in batches]
+        parts = [encoder.global_feature(image).float().cpu() for image in batches]
     finally:
         for module, training in modes:
             module.training = training

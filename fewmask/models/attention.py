@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers.attention import Attention as TimmAttention
 from torch import Tensor
@@ -33,6 +35,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
     else:
         mixed = F.scaled_dot_product_attention(q, k, v)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def project(block: Any, x: Tensor) -> Tensor:
+    """Return a block's queries, keys and values side by side, (b, n, 3 d), of tokens (b, n, d)."""
+    return block.attn.qkv(block.norm1(x))
+
+
+def finish(block: Any, x: Tensor, projected: Tensor, rows: slice = slice(None)) -> Tensor:
+    """Return `block(x)[:, rows]` (b, m, d) of tokens (b, n, d) without computing its other rows.
+
+    `block` is timm's, its attention as `Attention` says; `projected` is what `project` returns for all tokens.
+    """
+    query, key, value = projected.chunk(3, dim=2)
+    mixed = block.attn.proj(attend(query[:, rows], key, value, block.attn.num_heads))
+    x = x[:, rows] + block.drop_path1(block.ls1(mixed))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def products_are_faster(x: Tensor) -> bool:

@@ -64,6 +64,10 @@ class Encoder(nn.Module, ABC):
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the features of a normalised image (b, 3, s, s): a list of (b, c_i, s / stride_i, s / stride_i)."""
 
+    def global_feature(self, image: Tensor) -> Tensor:
+        """Return one vector (b, channels[-1]) per image (b, 3, s, s): the mean of the coarsest map, where not told."""
+        return self(image)[-1].mean((2, 3))
+
     @property
     def spec(self) -> dict[str, Any]:
         """What is needed to build this encoder again, ready for JSON."""

@@ -10,7 +10,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fewmask.models.attention import Attention
+from fewmask.models.attention import Attention, finish, project
 from fewmask.models.drop_path import share_drop_paths
 from fewmask.models.encoder import Encoder, check_divisible
 from fewmask.types import UserError
@@ -115,6 +115,18 @@ class Vit(Encoder):
         """Return the class token and the kept patches' tokens (b, 1 + k, d); blocks run on the kept patches only."""
         height, width = image.shape[-2] // self.patch, image.shape[-1] // self.patch
         return self.encode(self.enter(self.embed(image), height, width, keep))
+
+    def global_feature(self, image: Tensor) -> Tensor:
+        """Return the class token `tokens(image)[:, 0]` (b, d).
+
+        Ours, for speed and without a difference: what the last block would make of the patches is left out, ten of
+        twelve parts of its products, a seventh of all with 6 blocks and a fourteenth with 12.
+        """
+        x = self.enter(self.embed(image), image.shape[-2] // self.patch, image.shape[-1] // self.patch)
+        *blocks, last = self.body.blocks
+        for block in blocks:
+            x = block(x)
+        return self.body.norm(finish(last, x, project(last, x), slice(1)))[:, 0]
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return one map (b, d, s / patch, s / patch) per entry of `out_blocks`."""

@@ -20,7 +20,6 @@ from fewmask.pretrain.self_distillation import (
     check_temperatures,
     cross_entropy,
     global_dim,
-    global_tokens,
     sharpen,
 )
 from fewmask.types import Batch, UserError, Views
@@ -100,11 +99,11 @@ class DINO(Objective):
         if "second" not in batch.extra:
             raise UserError("DINO compares crops of each image, and this batch has one: pass it through its views.")
         images = torch.cat([batch.image, batch.extra["second"]])
-        features = [global_tokens(self.encoder, images)[:, 0]]
+        features = [self.encoder.global_feature(images)]
         scores = self.teacher.scores(images)
         if "local" in batch.extra:  # another size, hence a pass of its own
             small = batch.extra["local"].transpose(0, 1).flatten(0, 1)
-            features.append(global_tokens(self.encoder, small)[:, 0])
+            features.append(self.encoder.global_feature(small))
         answers = self.projector(torch.cat(features))
         target = sharpen(scores, self.centre.value, self.tau_t)
         loss = self.cross_view(target, answers, len(batch.image))

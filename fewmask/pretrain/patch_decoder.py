@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from fewmask.models.attention import Attention, attend
+from fewmask.models.attention import Attention, finish, project
 from fewmask.models.vit import Vit, sine_cosine
 from fewmask.pretrain.patches import take
 from fewmask.types import UserError
@@ -49,9 +47,9 @@ class PatchDecoder(nn.Module):
         x = append_taken(known, unknown, masked)
         projected = append_taken(project(block, known), project(block, unknown), masked)
         for following in others:
-            x = finish(block, x, projected, x.shape[1])
+            x = finish(block, x, projected)
             block, projected = following, project(following, x)
-        return self.head(self.norm(finish(block, x, projected, masked.shape[1])))
+        return self.head(self.norm(finish(block, x, projected, slice(-masked.shape[1], None))))
 
 
 def decoder_for(encoder: Vit, dim: int | None, depth: int, heads: int | None) -> PatchDecoder:
@@ -66,22 +64,6 @@ def decoder_for(encoder: Vit, dim: int | None, depth: int, heads: int | None) ->
 def append_taken(rows: Tensor, shared: Tensor, index: Tensor) -> Tensor:
     """Return `rows` (b, k, d) followed by the rows of `shared` (1, n, d) at the indices (b, m): (b, k + m, d)."""
     return torch.cat([rows, take(shared.expand(len(rows), -1, -1), index)], dim=1)
-
-
-def project(block: Any, x: Tensor) -> Tensor:
-    """Return a block's queries, keys and values side by side, (b, n, 3 d), of tokens (b, n, d)."""
-    return block.attn.qkv(block.norm1(x))
-
-
-def finish(block: Any, x: Tensor, projected: Tensor, num: int) -> Tensor:
-    """Return `block(x)[:, -num:]` (b, num, d) of tokens (b, n, d) without computing its other rows.
-
-    `block` is timm's, without layer scale or dropout; `projected` is what `project` returns for all tokens.
-    """
-    query, key, value = projected.chunk(3, dim=2)
-    x = x[:, -num:]
-    x = x + block.attn.proj(attend(query[:, -num:], key, value, block.attn.num_heads))
-    return x + block.mlp(block.norm2(x))
 
 
 def check_decoder(dim: int, depth: int, heads: int) -> None:

@@ -64,7 +64,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def scores(self, image: Tensor) -> Tensor:
         """Return the scores (b, k) of whole images (b, 3, s, s)."""
-        return self.projector(global_tokens(self.encoder, image)[:, 0])
+        return self.projector(self.encoder.global_feature(image))
 
     @torch.no_grad()
     def follow(self, students: dict[str, nn.Module], progress: float) -> None:
@@ -107,7 +107,7 @@ def cross_entropy(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
 
 
 def global_tokens(encoder: Encoder, image: Tensor) -> Tensor:
-    """Return tokens (b, 1 + k, d) whose first is the global feature.
+    """Return tokens (b, 1 + k, d) whose first is `encoder.global_feature`.
 
     A ViT's class token and patches; of a CNN the mean of its coarsest map, then the map's positions (ours).
     """

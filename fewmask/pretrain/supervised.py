@@ -11,7 +11,7 @@ from fewmask.data.colour import Chain, ColourJitter, RandomGrayscale
 from fewmask.data.preprocess import denormalise
 from fewmask.models import Encoder
 from fewmask.objective import Objective
-from fewmask.pretrain.self_distillation import global_dim, global_tokens
+from fewmask.pretrain.self_distillation import global_dim
 from fewmask.processes import mean_over_processes
 from fewmask.types import Batch, UserError, Views
 
@@ -65,7 +65,7 @@ class Supervised(Objective):
                 "The method 'supervised' got a batch in which no image has a class label: fill the column 'label' of "
                 "the manifest, or choose a method that needs no labels."
             )
-        logits = self.head(global_tokens(self.encoder, batch.image)[:, 0]).float()
+        logits = self.head(self.encoder.global_feature(batch.image)).float()
         smoothing = self.label_smoothing
         total = F.cross_entropy(logits, label, ignore_index=UNKNOWN, label_smoothing=smoothing, reduction="sum")
         right = ((logits.argmax(1) == label) & (label != UNKNOWN)).sum().float()

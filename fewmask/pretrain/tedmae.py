@@ -148,11 +148,11 @@ class TEDMAE(Objective):
         """Return the teacher's global features (b, d), those of the clean and the converted picture merged."""
         assert self.teacher is not None
         if not self.ec:
-            return global_tokens(self.teacher.encoder, batch.image)[:, 0]
+            return self.teacher.encoder.global_feature(batch.image)
         both = torch.cat([batch.image, converted(batch)])
-        clean, other = global_tokens(self.teacher.encoder, both).chunk(2)
-        merged = (clean + other) / 2 if self.merge is None else self.teacher.copies["merge"](clean, other)
-        return merged[:, 0]
+        if self.merge is None:
+            return torch.stack(self.teacher.encoder.global_feature(both).chunk(2)).mean(0)
+        return self.teacher.copies["merge"](*global_tokens(self.teacher.encoder, both).chunk(2))[:, 0]
 
     def compare(self, feature: Tensor, taught: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the distillation loss of global features (b, d), and the teacher's distributions if there are any."""

@@ -51,6 +51,26 @@ def test_output_does_not_depend_on_hidden_pixels():
     assert torch.equal(encoder.tokens(image, keep), encoder.tokens(other, keep))
 
 
+@pytest.mark.parametrize(
+    ("size", "drop_path", "bf16", "tolerance"), [(64, 0.0, False, 1e-5), (96, 0.3, False, 1e-5), (64, 0.0, True, 2e-2)]
+)
+def test_the_global_feature_is_the_class_token_with_its_gradients(size, drop_path, bf16, tolerance):
+    """The same number for number, dropped paths included, though the last block leaves the patches alone."""
+    encoder, image = tiny(drop_path=drop_path).train(), torch.randn(8, 3, size, size)
+    weight = torch.randn(8, 192)
+    found = []
+    for compute in (encoder.global_feature, lambda x: encoder.tokens(x)[:, 0]):
+        torch.manual_seed(1)
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            feature = compute(image)
+        (feature.float() * weight).sum().backward()
+        found.append([feature.detach().float(), *(p.grad.clone() for p in encoder.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).norm()) <= tolerance * float(theirs.norm())
+        assert float(theirs.norm()) > 0
+
+
 @torch.no_grad()
 def test_last_feature_is_timms_own_with_the_same_weights():
     encoder, image = tiny(), torch.randn(2, 3, 64, 64)
