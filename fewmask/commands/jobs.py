@@ -92,17 +92,26 @@ def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     # A selection's time is that of each of its candidates.
     budget = parse_time(job.recipe.run.time)
     with Run(job.folder, job.verb, job.config(), budget, job.defaults) as run, interruptible(run):
-        wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
-        missing = wanted - scored(job.folder)
-        if not missing and (job.facts or not job.serves_cells):
+        if is_done(job, unseen):
             return
         configure_torch(job.recipe)
         data = prepare(run, job.recipe)
         train(job, run, data, budget)
         for key, cases in (("test", data.of_split("test")), ("unseen", unseen)):
-            if is_main() and key in missing:
+            if is_main() and key in unscored(job, unseen):
                 score(job, cases, key)
                 run.check_stop()
+
+
+def unscored(job: Job, unseen: Sequence[Case]) -> set[str]:
+    """Return the sets of images that a job is still to be scored on."""
+    wanted = set() if job.serves_cells else {"test", *(["unseen"] if unseen else [])}
+    return wanted - scored(job.folder)
+
+
+def is_done(job: Job, unseen: Sequence[Case]) -> bool:
+    """Return whether nothing is left to do of a job."""
+    return not unscored(job, unseen) and bool(job.facts or not job.serves_cells)
 
 
 def train(job: Job, run: Run, data: Prepared, budget: float | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fewmask.commands.cost import note_costs
 from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
-from fewmask.commands.jobs import NotTrainedError, fingerprints, run_job
+from fewmask.commands.jobs import NotTrainedError, fingerprints, is_done, run_job
 from fewmask.commands.page import markdown, write_page
 from fewmask.commands.provenance import learnt_before, learnt_ids
 from fewmask.commands.table import Scene, measure
@@ -62,13 +62,19 @@ def reproduce(
     for name, reason in left_out.items():
         Progress(name).close(f"not run: {reason}")
     planned, to_write = list(cells(order, left_out)), 0.0
-    for number, (cell, seconds) in enumerate(run_cells(order, planned, to_score, left_out), start=1):
+    # Cells that are done already say nothing about the time that the others take.
+    to_do = {cell for cell in planned if not all(is_done(job, to_score) for job in order.jobs(*cell))}
+    num_to_do = len(to_do)
+    line.update(0.0)
+    for cell, seconds in run_cells(order, planned, to_score, left_out):
         begun = time.perf_counter()
         if is_main() and seconds > to_write:
             note_costs(order)
             _write(order, scene, left_out)
             to_write = time.perf_counter() - begun
-        line.update(number / len(planned), cell_names(*cell)[1], force=True)
+        if cell in to_do:
+            to_do.remove(cell)
+            line.update(1 - len(to_do) / num_to_do, cell_names(*cell)[1], force=True)
     if is_main():
         note_costs(order)
         found = _write(order, scene, left_out)

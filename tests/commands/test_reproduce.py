@@ -143,6 +143,18 @@ def test_what_an_earlier_call_left_in_the_folder_is_told(finished, split_data, u
     assert f"random ({'; '.join(every[1:])}), mae ({'; '.join(every)})." in told
 
 
+def test_the_time_left_is_that_of_the_cells_that_were_not_done(finished, split_data, unseen, tmp_path, capsys):
+    """Finished cells are passed in a moment each: taken for work, two that are left would be said to take none."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    for name in ("random/0.5-0", "random/1-1"):
+        shutil.rmtree(out / name)
+    capsys.readouterr()  # what the making of the table said
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), unseen, out, TWO) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("reproduce:")]
+    assert [line.split()[1] for line in lines] == ["50%,", "100%"]
+    assert "left  random, 50 % of the masks, seed 0" in lines[0]
+
+
 def test_runs_of_a_version_with_other_defaults_are_told(finished, split_data, unseen, tmp_path):
     """Its figures stand in the table as they are, and a reader must know that they are of another method."""
     out = shutil.copytree(finished, tmp_path / "out")
