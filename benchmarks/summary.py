@@ -17,7 +17,7 @@ DISTILL = "kd-sharp+pseudo"  # what `fewmask distill` does
 # Its gain, and those of the paper's method with a tenth of its weight and at weight 1.
 LOSSES = {DISTILL: "`distill`", "m2bf-light": "M2BF at a tenth", "m2bf": "M2BF"}
 CONTINUED = ("simmim", "dino", "g2ll", "tedmae", "figure")
-PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1_every_row": "random"}  # what their rows are compared with
+PICTURES = {"losses_tiny_180_masks": "alone", "g2ll_table1_pretrainings": "random"}  # what their rows are compared with
 BEGIN, END = "<!-- {}: made by benchmarks/summary.py -->", "<!-- end of {} -->"
 
 
@@ -159,22 +159,23 @@ def gain(found: dict[str, Any], row: str, fraction: float, against: str, data: s
     return ""
 
 
-TABLE1 = ("g2ll_table1_every_row", "g2ll_table1_every_mask")
+TABLE1 = ("g2ll_table1_pretrainings", "g2ll_table1_pretrainings_every_mask")
 """Of the same pre-trainings: fine-tuned on 1 and 10 % of the masks, and for more steps on all."""
 
 
 def pretrained() -> list[str]:
-    """Return G2LL's table 1: Dice by share of the masks, and what a row gains over no pre-training."""
+    """Return G2LL's table 1: Dice by share of the masks, and what a row gains over no pre-training and over MAE."""
     few, every = (json.loads((HERE / "results" / f"{name}.json").read_text()) for name in TABLE1)
     found = {**few, **{key: few[key] + every[key] for key in ("rows", "differences")}}
     dice = {(c["row"], c["fraction"]): c["dice"]["mean"] for c in found["rows"] if c["set"] == "test"}
     fractions = sorted({fraction for _, fraction in dice})
     shares = [f"{100 * fraction:g} %" for fraction in fractions]
-    heads = ["pre-training", "epochs", *shares, *(f"{share}, against random" for share in shares)]
+    rivals = ("random", "mae")
+    heads = ["pre-training", "epochs", *shares, *(f"{share}, against {rival}" for rival in rivals for share in shares)]
     lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
     for row in dict.fromkeys(row for row, _ in dice):
         figures = [f"{dice[row, fraction]:.3f}" for fraction in fractions]
-        gains = [gain(found, row, fraction, "random") for fraction in fractions]
+        gains = [gain(found, row, fraction, rival) for rival in rivals for fraction in fractions]
         lines.append(f"| {' | '.join([row, epochs_of(found, row), *figures, *gains])} |")
     return lines
 
@@ -183,28 +184,6 @@ def epochs_of(found: dict[str, Any], row: str) -> str:
     """Return the epochs of a row's pre-trainings, on average, or nothing."""
     epochs = [facts["epochs"] for facts in found["pretraining"] if facts["row"] == row]
     return f"{statistics.fmean(epochs):.1f}" if epochs else ""
-
-
-def pretrainings() -> list[str]:
-    """Return what three pre-trainings a row tell: Dice, and gains on MAE in the same time, on two sets."""
-    lines: list[str] = []
-    shorter = {"g2ll_mae_123s": "{}, 123 s", "g2ll_equal_epochs": "{}, five epochs"}
-    for name, told in {"g2ll_table1_pretrainings": "{}", **shorter}.items():
-        found = json.loads((HERE / "results" / f"{name}.json").read_text())
-        dice = {(c["set"], c["row"], c["fraction"]): f"{c['dice']['mean']:.3f}" for c in found["rows"]}
-        fractions = sorted({fraction for _, _, fraction in dice})
-        if not lines:
-            heads = ["pre-training", "epochs"]
-            for data in ("", "HAM10000, "):
-                heads += [f"{data}{100 * share:g} %{more}" for more in ("", ", against mae") for share in fractions]
-            lines = [f"| {' | '.join(heads)} |", "|---|--:|" + "---|" * (len(heads) - 2)]
-        for row in dict.fromkeys(row for _, row, _ in dice):
-            line = [told.format(row), epochs_of(found, row)]
-            for data in ("test", "unseen"):
-                line += [dice[data, row, share] for share in fractions]
-                line += [gain(found, row, share, "mae", data) for share in fractions]
-            lines.append(f"| {' | '.join(line)} |")
-    return lines
 
 
 DATA = {"two_stage_isic_18": "ISIC-2017, 18 masks", "two_stage_isic": "180 masks", "two_stage_cxr": "lungs, 7 masks"}
@@ -255,7 +234,6 @@ def main() -> None:
         "results": runs,
         "pretrained": pretrained,
         "students": students,
-        "pretrainings": pretrainings,
         "continued": continued,
         "two-stage": two_stage,
     }

@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something the user can mend; its message is one sentence: which file, what is wrong, what to do. Exit code 1."""
 
 
+class NotTrainedError(UserError):
+    """A training ended by what it learnt (a collapse, a loss that is not finite): to a table that is a result."""
+
+
 class FolderInUseError(UserError):
     """Another process works in a run folder."""
 

@@ -124,6 +124,11 @@ class Order:
         """Return the folder of the pre-training that a seed of a row starts from."""
         return self.out / f"{row}-{seed % self.grid.pretrain_seeds}"
 
+    def pretraining_name(self, row: str, seed: int) -> str:
+        """Return what the pre-training that a seed of a row starts from is called: the row, where it has but one."""
+        num = self.grid.pretrain_seeds
+        return row if num == 1 else f"{row}, pre-training {seed % num}"
+
     def folder(self, row: str, fraction: float, seed: int) -> Path:
         """Return the folder of the job that a cell is scored by."""
         given = isinstance(self.what.rows.get(row), Teacher) and self.grid.teachers
@@ -336,13 +341,14 @@ Cell = tuple[str, float, int]
 def cells(order: Order, left_out: Iterable[str] = ()) -> Iterator[Cell]:
     """Yield (row, fraction, seed) of every cell, a whole table with one seed before the next seed begins.
 
-    `left_out` holds what is not run: whole rows, and cells by their `cell_names`.
+    `left_out` holds what is not run: whole rows, cells by their `cell_names` or their `Order.pretraining_name`.
     """
     kept = set(left_out)
     for seed in range(order.grid.seeds):
         for fraction in order.fractions:
             for row in order.rows:
-                if not kept.intersection((row, *cell_names(row, fraction, seed))):
+                names = (row, order.pretraining_name(row, seed), *cell_names(row, fraction, seed))
+                if not kept.intersection(names):
                     yield row, fraction, seed
 
 

@@ -19,17 +19,13 @@ from fewmask.config import Recipe, parse_time
 from fewmask.engine.run import Run, interruptible, is_main, read_json, wait_for_everyone, write_json
 from fewmask.engine.stage import Stage
 from fewmask.evaluate.results import read_metrics
-from fewmask.types import Case, UserError
+from fewmask.types import Case, NotTrainedError, UserError
 
 Verb = Literal["pretrain", "finetune", "distill", "ensemble", "select"]
 
 
 METHODS_OF: dict[Verb, list[str]] = {"select": ["pretrain", "finetune"], "ensemble": []}
 """The stages whose methods a verb trains by, where they are not of its name."""
-
-
-class NotTrainedError(UserError):
-    """A training stopped for a reason of its own (a collapse, a loss that is not finite): a result, not an end."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,9 @@ class Job:
 def run_job(job: Job, unseen: Sequence[Case] = ()) -> None:
     """Train and score as the job says, unless that is done.
 
-    Raises NotTrainedError when a training of anything but a plain segmenter itself ends badly, and UserError for a
-    folder of other settings or data, or a plain fine-tuning that ends badly, without which there is nothing to compare.
+    Raises NotTrainedError when a training of anything but a plain segmenter ends by what it learnt, and a UserError
+    that is none of these for a plain segmenter's, without which there is nothing to compare, and for all else: a folder
+    of other settings or data, a full disk.
     """
     # A selection's time is that of each of its candidates.
     budget = parse_time(job.recipe.run.time)
@@ -119,16 +116,12 @@ def train(job: Job, run: Run, data: Prepared, budget: float | None) -> None:
     if job.verb == "ensemble":
         Stage(run, "ensemble").finish(members=[str(path) for path in job.members])
     elif job.verb == "finetune" and job.recipe.stage("finetune").method["name"] == "segment":
-        _train(job, run, data, budget)
+        try:
+            _train(job, run, data, budget)
+        except NotTrainedError as error:
+            raise UserError(str(error)) from None
     else:
-        _train_or_tell(job, run, data, budget)
-
-
-def _train_or_tell(job: Job, run: Run, data: Prepared, budget: float | None) -> None:
-    try:
         _train(job, run, data, budget)
-    except UserError as error:
-        raise NotTrainedError(str(error)) from None
 
 
 def _train(job: Job, run: Run, data: Prepared, budget: float | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fewmask.commands.cost import note_costs
 from fewmask.commands.grid import Cell, Order, cell_names, cells, place_order
-from fewmask.commands.jobs import NotTrainedError, fingerprints, is_done, run_job
+from fewmask.commands.jobs import fingerprints, is_done, run_job
 from fewmask.commands.page import markdown, write_page
 from fewmask.commands.provenance import learnt_before, learnt_ids
 from fewmask.commands.table import Scene, measure
@@ -24,7 +24,7 @@ from fewmask.data.manifest import load_cases
 from fewmask.data.splits import hold_out_fold
 from fewmask.engine.run import is_main, read_json, write_json
 from fewmask.engine.stage import Progress
-from fewmask.types import Case, FolderInUseError, UserError
+from fewmask.types import Case, FolderInUseError, NotTrainedError, UserError
 
 POLL_SECONDS = 2.0
 
@@ -106,9 +106,9 @@ def run_cells(
 
 
 def run_cell(order: Order, cell: Cell, unseen: Sequence[Case], left_out: dict[str, str]) -> None:
-    """Do a cell's jobs, unless its row was left out; a training that ends badly adds its reason to `left_out`."""
-    row = cell[0]
-    if row in left_out:
+    """Do a cell's jobs, unless it was left out; a training that ends badly adds its reason to `left_out`."""
+    row, _, seed = cell
+    if left_out.keys() & {row, order.pretraining_name(row, seed)}:
         return
     for job in order.jobs(*cell):
         try:
@@ -117,8 +117,8 @@ def run_cell(order: Order, cell: Cell, unseen: Sequence[Case], left_out: dict[st
                 raise NotTrainedError(f"its cell's selection ended: {known}")
             run_job(job, unseen)
         except NotTrainedError as error:
-            # A pre-training serves all cells of a row, a distillation one cell alone.
-            name = row if job.verb == "pretrain" else cell_names(*cell)[1]
+            # A pre-training serves several cells of a row, or all of them, a distillation one cell alone.
+            name = order.pretraining_name(row, seed) if job.verb == "pretrain" else cell_names(*cell)[1]
             if job.verb == "select":
                 left_out.setdefault(cell_names("selection", *cell[1:])[1], str(error))
             left_out[name] = str(error)

@@ -279,8 +279,11 @@ def _all_deviations(
     for stage, recipes in _recipes(order, left_out).items():
         found += [f"{STAGE_TITLES[stage]}, {text}" for text in deviations(paper, stage, recipes)]
     if trainings:
-        epochs = ", ".join(f"{done['epochs']:g} for {done['row']}" for done in trainings if done["seed"] == 0)
-        found.append(f"Pre-training, epochs done before the training ended: {epochs}.")
+        by_row: dict[str, list[str]] = {}
+        for facts in trainings:
+            by_row.setdefault(facts["row"], []).append(f"{facts['epochs']:g}")
+        told = "; ".join(f"{', '.join(epochs)} for {row}" for row, epochs in by_row.items())
+        found.append(f"Pre-training, epochs done before the training ended: {told}.")
     for stage in ("finetune", "distill"):
         if done := _epochs(order, stage, left_out):
             title = STAGE_TITLES[stage]
@@ -338,8 +341,8 @@ def _seeds(order: Order, paper: Paper) -> Iterator[str]:
         who = "a student" if order.grid.teachers else "a cell's teacher and of each of its students"
         yield f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of {who}, which draw the masks anew."
         return
-    again = ", whose chance is in no interval" if order.grid.pretrain_seeds == 1 else ""
+    which = "no interval" if order.grid.pretrain_seeds == 1 else "the intervals of means, not in those of differences"
     yield (
         f"Seeds: the paper's are {paper.seeds}; here {order.grid.seeds} of fine-tuning a cell, which draw the masks "
-        f"anew, and {order.grid.pretrain_seeds} of pre-training a row{again}."
+        f"anew, and {order.grid.pretrain_seeds} of pre-training a row, whose chance is in {which}."
     )

@@ -37,9 +37,10 @@ _STALE_SECONDS = 3600
 class Slic:
     """The settings of SLIC (Achanta et al. 2012).
 
-    Paper (G2LL): 8 segments. Code (scikit-image's defaults): compactness 10, 10 iterations. `num_segments` is what is
-    asked for; SLIC starts from a regular grid and may return a few more or fewer. Raises UserError for a number
-    outside 1..127 (labels are kept in a byte, with room for twice as many) or settings that are not positive.
+    Paper (G2LL): 8 segments. Code (scikit-image's defaults): compactness 10, 10 iterations. Ours: it sees the cached
+    picture, an eighth larger than the network's, and crops move its map. `num_segments` is what is asked for; SLIC
+    starts from a regular grid and may return a few more or fewer. Raises UserError for a number outside 1..127 (labels
+    are kept in a byte, with room for twice as many) or settings that are not positive.
     """
 
     num_segments: int = 8

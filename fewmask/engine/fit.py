@@ -26,7 +26,7 @@ from fewmask.engine.run import is_main, seed_step
 from fewmask.engine.stage import Progress, Stage
 from fewmask.models.norms import synchronise_norms
 from fewmask.objective import Objective
-from fewmask.types import Batch, Interrupted, UserError
+from fewmask.types import Batch, Interrupted, NotTrainedError, UserError
 
 Validate = Callable[[nn.Module], dict[str, float]]
 Watch = Callable[[nn.Module], dict[str, float]]
@@ -171,7 +171,7 @@ class Fit:
         ready = list(self.recent) if everything or self.accelerator.device.type == "cpu" else list(self.recent)[:-1]
         for step, loss, names in ready:
             if not torch.isfinite(loss):
-                raise UserError(
+                raise NotTrainedError(
                     f"The loss became {float(loss)} at step {step} with the images {', '.join(names)}; look at them, "
                     f"or lower {self.rate} and use another output folder. The last checkpoint in {self.stage.folder} "
                     "is sound."
@@ -181,7 +181,7 @@ class Fit:
         """Write a checkpoint."""
         self.check_finite(everything=True)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.objective.parameters()):
-            raise UserError(
+            raise NotTrainedError(
                 f"The weights became infinite before step {self.state.step}; lower {self.rate} and use "
                 f"another output folder. The last checkpoint in {self.stage.folder} is sound."
             )

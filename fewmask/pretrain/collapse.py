@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewmask.processes import mean_over_processes, num_processes
-from fewmask.types import UserError
+from fewmask.types import NotTrainedError, UserError
 
 SHARE = 0.4  # of a training's steps, where that is less than the patience
 
@@ -108,7 +108,7 @@ class CollapseGuard(nn.Module):
         return terms
 
     def after_step(self, progress: float) -> None:
-        """Raise a UserError when a sign of collapse has been there for too many steps in a row."""
+        """Raise a NotTrainedError when a sign of collapse has been there for too many steps in a row."""
         if progress < self.grace:
             self.low_std.zero_()
             self.low_information.zero_()
@@ -120,10 +120,10 @@ class CollapseGuard(nn.Module):
             return
         limit = self.limit(progress)
         if int(self.low_std) >= limit:
-            raise UserError(self._sentence("its features differ by less than", self.min_std, int(self.low_std)))
+            raise NotTrainedError(self._sentence("its features differ by less than", self.min_std, int(self.low_std)))
         if int(self.low_information) >= limit:
             sign = "its teacher's targets tell images apart by less than"
-            raise UserError(self._sentence(sign, self.min_information, int(self.low_information)))
+            raise NotTrainedError(self._sentence(sign, self.min_information, int(self.low_information)))
 
     def limit(self, progress: float) -> float:
         """Return how many steps in a row are too many: `patience`, or two fifths of a training that has fewer steps.

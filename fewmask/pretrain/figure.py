@@ -18,7 +18,7 @@ from fewmask.objective import Objective
 from fewmask.pretrain.crops import SSL_COLOUR
 from fewmask.pretrain.figure_rule import FigureRule, find_figure
 from fewmask.processes import mean_over_processes
-from fewmask.types import Batch, UserError, Views
+from fewmask.types import Batch, NotTrainedError, UserError, Views
 
 RULE = FigureRule()
 LOOK_EVERY = 100  # steps between two looks of the guard
@@ -84,15 +84,15 @@ class Figure(Objective):
         return {"loss": (each * told).mean(), "told": share}
 
     def after_step(self, progress: float) -> None:
-        """Raise a UserError when, now and then, hardly a picture had a figure."""
+        """Raise a NotTrainedError when, now and then, hardly a picture had a figure."""
         self.num_steps += 1
         if self.num_steps % LOOK_EVERY == 0:
             self.at_end()
 
     def at_end(self) -> None:
-        """Raise a UserError when hardly a picture had a figure."""
+        """Raise a NotTrainedError when hardly a picture had a figure."""
         if self.num_steps and (told := float(self.num_told) / self.num_steps) < LEAST_TOLD:
-            raise UserError(
+            raise NotTrainedError(
                 f"Of the pictures of {self.num_steps} steps, {told:.0%} have one thing about the middle whose colours "
                 "differ from the border's; method 'figure' needs such pictures: take another, such as 'simmim', or "
                 "raise pretrain.method.max_border, and give another output folder."

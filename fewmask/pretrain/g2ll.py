@@ -43,14 +43,15 @@ class G2LL(Objective):
 
     Masks: 25 % of the patches by superpixel, "semantic_focal" (beta = 0.7), "semantic", or "random". SLIC: 8 segments.
 
-    Code (DINO): the teacher is the student's running average, momentum 0.996 -> 1 by a cosine; tau_t 0.04, tau_s 0.1,
-    centre 0.9; the projector's form and sizes. Ours: the decoder is as wide as the encoder unless told; 4,096
-    prototypes where DINO has 65,536 for 1.2 M images; both views of one crop, with crop and flips as MAE; a mask of
-    its own for each of u and v; the mean over images of the sum over views; `norm_pix`; a CNN sees painted pixels and
-    its global feature is the mean of the coarsest map (see `HiddenPixels`); the guard against collapse, which stops
-    after `collapse_patience` steps, or two fifths of a training that is shorter (0: never). The projector's last layer
-    learns from the start (DINO holds it for an epoch), and the recipe clips gradients at a norm of 3. The momentum is a
-    step's: half-way through 1,500 steps the teacher is what the student was a fifth of the training ago.
+    Ours, by DINO's code: the teacher is the student's running average, momentum 0.996 -> 1 by a cosine; tau_t 0.04,
+    tau_s 0.1, centre 0.9; the projector's form and sizes. Ours: the recipe's w2 of 0.05, for short trainings; the
+    decoder is as wide as the encoder unless told; 4,096 prototypes where DINO has 65,536 for 1.2 M images; both views
+    of one crop, with crop and flips as MAE; a mask of its own for each of u and v; the mean over images of the sum over
+    views; `norm_pix`; a CNN sees painted pixels and its global feature is the mean of the coarsest map (see
+    `HiddenPixels`); the guard against collapse, which stops after `collapse_patience` steps, or two fifths of a
+    training that is shorter (0: never). The projector's last layer learns from the start (DINO holds it for an epoch),
+    and the recipe clips gradients at a norm of 3. The momentum is a step's: half-way through 1,500 steps the teacher is
+    what the student was a fifth of the training ago.
 
     Raises UserError for settings that cannot work and, when called, for a batch of one image or without superpixels.
     """

@@ -134,9 +134,9 @@ def check_temperatures(tau_s: float, tau_t: float) -> None:
 
 
 def check_centring(num_images: int) -> None:
-    """Raise a UserError when a step has one image only: its centred target would tell nothing."""
+    """Raise a UserError when a step has one image only: a centred target, or the guard, would tell nothing."""
     if num_images * num_processes() < 2:
         raise UserError(
-            "Self-distillation compares each image with the mean of the batch, and this batch holds one image: "
-            "set pretrain.batch_size to 2 or more."
+            "Self-distillation and its guard against collapse compare the images of a batch with one another, and this "
+            "batch holds one image: set pretrain.batch_size to 2 or more."
         )

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fewmask.commands import jobs
 from fewmask.commands.grid import place_order
 from fewmask.commands.page import write_page
 from fewmask.commands.remarks import remarks
 from fewmask.commands.reproduce import reproduce, survey
+from fewmask.commands.stages import pretrain
 from fewmask.commands.table import describe_cell
 from fewmask.commands.tables import TABLES
 from fewmask.commands.unseen import choose_unseen
@@ -28,7 +30,7 @@ from fewmask.data.manifest import load_cases
 from fewmask.data.synthetic import make_dataset
 from fewmask.engine.device import resolve_precision
 from fewmask.engine.run import Run
-from fewmask.types import Case, UserError
+from fewmask.types import Case, NotTrainedError, UserError
 from tests.commands.conftest import read_rows, write_rows
 
 GRID = ('grid.rows=["random", "mae"]', "grid.seeds=2", "run.device=cpu")
@@ -380,6 +382,32 @@ def test_a_pretraining_that_ends_badly_is_a_row_of_the_table(split_data, tmp_pat
     settings = ('grid.rows=["mae"]', "pretrain.lr=1e30", "run.device=cpu")
     assert reproduce("tedmae", split_data, None, "smoke", (), None, tmp_path / "out", settings) == 1
     assert "became" in table(tmp_path / "out")["not_run"]["mae"]
+
+
+def test_of_several_pretrainings_the_one_that_ends_badly_takes_only_its_own_cells(split_data, tmp_path, monkeypatch):
+    """The row's other pre-trainings go on, and their scores stand in the table."""
+
+    def collapse_once(run, recipe, *args):
+        if recipe.run.seed == 0:
+            raise NotTrainedError("The representation collapsed.")
+        return pretrain(run, recipe, *args)
+
+    monkeypatch.setattr(jobs, "pretrain", collapse_once)
+    settings = (*ONE, "grid.pretrain_seeds=2")
+    assert reproduce("g2ll-table1", split_data, None, "smoke", (), None, tmp_path / "out", settings) == 1
+    found = table(tmp_path / "out")
+    assert found["not_run"] == {"mae, pre-training 0": "The representation collapsed."}
+    assert {row["row"]: row["seeds"] for row in found["rows"]} == {"random": [0, 1], "mae": [1]}
+    assert [(row["row"], row["seed"]) for row in found["pretraining"]] == [("mae", 1)]
+    assert [row["seeds"] for row in found["differences"] if row["metric"] == "dice"] == [[1]]
+    assert "| mae, pre-training 0 | not run: The representation" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_what_is_no_result_ends_the_table(split_data, tmp_path):
+    """A setting that cannot be says nothing about a method, and the user has to hear of it at once."""
+    settings = ("grid.rows=mae", "pretrain.method.mask_ratio=1.5", "run.device=cpu")
+    with pytest.raises(UserError, match=r"1\.5"):
+        reproduce("tedmae", split_data, None, "smoke", (), None, tmp_path / "out", settings)
 
 
 @pytest.mark.parametrize("name", [name for name, what in TABLES.items() if "gpu" in what.budgets])
