@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of pre-trainings")
     parser.add_argument("--data", type=Path, required=True, help="a data folder whose manifest has the column 'label'")
+    parser.add_argument("--num", type=int, default=2000, help="images, drawn at random, as while training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -34,7 +35,9 @@ def main() -> None:
     first = encoder_of(next(iter(models.values())))
     torch.manual_seed(0)
     models = {"random": build_encoder(first.name, size=first.size), **models}
-    cases = [case for case in load_cases(args.data) if case.label is not None]
+    labelled = [case for case in load_cases(args.data) if case.label is not None]
+    order = torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))[: args.num].tolist()
+    cases = [labelled[i] for i in order]
     dataset = build_cache(cases, first.size, default_cache_folder())
     probe = Probe(dataset, range(len(cases)), first.size, [case.group or case.name for case in cases])
     rows = []
